@@ -1,0 +1,125 @@
+"""Every error a caller can meet, one small tree.
+
+    JLoraxError
+    ├── InvalidRequest             the request itself is wrong
+    │   ├── InvalidParameter       one field is out of range
+    │   ├── PromptTooLong          prompt and answer do not fit the context
+    │   └── InvalidAdapterId       a name that can name nothing
+    ├── AdapterNotFound            nobody registered that id
+    ├── AdapterInvalid             its files cannot be served
+    │   └── UnsupportedAdapter     they use a feature we refuse by name
+    ├── AdapterConflict            it exists already, or is in use
+    ├── Overloaded                 a bounded queue is full: come back later
+    ├── Unavailable                the engine is starting, draining or dead
+    ├── RequestCancelled           the caller went away
+    ├── ModelInvalid               the base model cannot be loaded
+    │   └── UnsupportedModel       its architecture is not one of ours
+    └── ConfigError                a flag, variable or key is wrong
+
+A message always carries the numbers. HTTP statuses are decided in ``servers`` alone.
+"""
+
+from __future__ import annotations
+
+
+class JLoraxError(Exception):
+    """Root of the tree. ``code`` is a stable word for machines."""
+
+    code = "internal"
+
+
+class InvalidRequest(JLoraxError):
+    code = "invalid_request"
+
+
+class InvalidParameter(InvalidRequest):
+    """One named field has a value that is not allowed."""
+
+    code = "invalid_parameter"
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(f"`{name}` {message}")
+        self.name = name
+
+
+class PromptTooLong(InvalidRequest):
+    code = "prompt_too_long"
+
+    def __init__(self, num_tokens: int, max_new_tokens: int, max_tokens: int) -> None:
+        super().__init__(
+            f"the prompt has {num_tokens} tokens and asks for {max_new_tokens} more, "
+            f"but prompt and answer together may have at most {max_tokens}"
+        )
+        self.num_tokens = num_tokens
+        self.max_new_tokens = max_new_tokens
+        self.max_tokens = max_tokens
+
+
+class InvalidAdapterId(InvalidRequest):
+    code = "invalid_adapter_id"
+
+
+class AdapterNotFound(JLoraxError):
+    code = "adapter_not_found"
+
+    def __init__(self, adapter_id: str) -> None:
+        super().__init__(f"no adapter is named {adapter_id!r}")
+        self.adapter_id = adapter_id
+
+
+class AdapterInvalid(JLoraxError):
+    """The adapter's files cannot be served; ``file`` says which one is at fault."""
+
+    code = "adapter_invalid"
+
+    def __init__(self, adapter: str, file: str, reason: str) -> None:
+        super().__init__(f"adapter {adapter!r}: {file}: {reason}")
+        self.adapter = adapter
+        self.file = file
+        self.reason = reason
+
+
+class UnsupportedAdapter(AdapterInvalid):
+    """A feature of PEFT that would change the numbers and is not computed here."""
+
+    code = "adapter_unsupported"
+
+    def __init__(self, adapter: str, file: str, feature: str, reason: str) -> None:
+        super().__init__(adapter, file, f"{feature} is not supported: {reason}")
+        self.feature = feature
+
+
+class AdapterConflict(JLoraxError):
+    code = "adapter_conflict"
+
+
+class Overloaded(JLoraxError):
+    code = "overloaded"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(JLoraxError):
+    code = "unavailable"
+
+    def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RequestCancelled(JLoraxError):
+    code = "cancelled"
+
+
+class ModelInvalid(JLoraxError):
+    code = "model_invalid"
+
+
+class UnsupportedModel(ModelInvalid):
+    code = "model_unsupported"
+
+
+class ConfigError(JLoraxError):
+    code = "config"
