@@ -30,3 +30,168 @@ class Projection:
 
     def module(self, layer: int) -> str:
         return self.path.format(layer=layer)
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """What a name meant when a request resolved it. Keys slots, tiers, KV reuse and metrics.
+
+    The same name uploaded again is a new generation; running requests keep theirs.
+    """
+
+    tenant: str
+    adapter_id: str
+    generation: int
+
+
+class FinishReason(Enum):
+    LENGTH = "length"
+    EOS_TOKEN = "eos_token"
+    STOP_SEQUENCE = "stop_sequence"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is drawn. Greedy when ``temperature`` is 0.
+
+    Ranges are checked in ``wire``; here every value is already allowed.
+    Order: penalties, temperature, top-k, typical-p, top-p, min-p, draw.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # over prompt and answer
+    frequency_penalty: float = 0.0  # over the answer, per occurrence
+    presence_penalty: float = 0.0  # over the answer, once
+    seed: int | None = None  # None: drawn at admission, reported in the result
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One prompt, one answer.
+
+    ``prompt`` is text, or token ids taken as they are. ``max_new_tokens`` None means the rest of
+    the context. ``num_top_logprobs`` asks for that many alternatives per token (0..20).
+    """
+
+    prompt: str | tuple[int, ...]
+    adapter_id: str | None = None  # None: the base model
+    adapter_source: str | None = None  # None, or "local"
+    tenant: str = "default"
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    max_new_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_text: bool = True  # LoRAX keeps the stop string in the text, OpenAI strips it
+    add_special_tokens: bool = True  # False for text from a chat template
+    truncate: int | None = None  # keep only the last N prompt tokens
+    num_top_logprobs: int = 0
+    prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class TokenAlternative:
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token. ``text`` is what it adds to the answer: "" while a character is
+    incomplete or a stop string may be beginning, and then the held text comes with a later token.
+    ``logprob`` is of the raw distribution, in nats."""
+
+    id: int
+    text: str
+    logprob: float
+    special: bool
+    alternatives: tuple[TokenAlternative, ...] = ()
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    id: int
+    text: str
+    logprob: float | None  # None for the first token
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    text: str
+    finish_reason: FinishReason
+    tokens: tuple[Token, ...]
+    prompt_token_ids: tuple[int, ...]
+    seed: int | None  # None when greedy
+    prompt_tokens: tuple[PromptToken, ...] = ()  # only with prompt_logprobs
+    queue_s: float = 0.0
+    time_to_first_token_s: float = 0.0
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One item of a stream; the last one carries the whole result."""
+
+    token: Token
+    index: int
+    result: GenerateResult | None = None
+
+
+class Tier(Enum):
+    """The fastest place where an adapter's weights are."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+    SOURCE = "source"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """One adapter, as the API lists it. ``size_bytes`` is its packed size, None before a load."""
+
+    adapter_id: str
+    tenant: str
+    generation: int
+    source: str
+    tier: Tier
+    rank: int
+    target_modules: tuple[str, ...]
+    size_bytes: int | None
+    num_requests: int
+    last_used_s: float | None  # Unix time
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What /info and the front ends need of the base model."""
+
+    model_id: str
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_seq_len: int
+    max_batch: int
+    max_rank: int
+    max_slots: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot for /health and /metrics: counts now, and totals since the start."""
+
+    state: str  # "starting" | "ready" | "draining" | "dead"
+    num_queued: int
+    num_running: int
+    free_pages: int
+    total_pages: int
+    pinned_slots: int
+    used_slots: int
+    executables_compiled_after_ready: int
