@@ -9,9 +9,12 @@ entries that name nothing name it. So memory and work follow an adapter's true r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
 
 from jlorax.types import Projection
 
@@ -56,7 +59,8 @@ class BankLayout:
 
     @property
     def table_width(self) -> int:
-        return rank_pages(self.max_rank)
+        """Entries of a page table, even: kernels take pages in pairs (16 columns of rank)."""
+        return -(-rank_pages(self.max_rank) // 2) * 2
 
     @property
     def max_layers(self) -> int:
@@ -79,3 +83,86 @@ class BankLayout:
             for pool in (self.pool_a(projection), self.pool_b(projection)):
                 need[pool] = need.get(pool, 0) + rank_pages(rank)
         return need
+
+
+@dataclass(frozen=True)
+class SlotWrite:
+    """Everything the device needs to make one adapter resident in one slot."""
+
+    slot: int
+    pages: Mapping[PoolKey, tuple[tuple[int, ...], np.ndarray]]  # page ids, data [n, L, 8, width]
+    table: np.ndarray  # i32[projections, 2, table_width]
+    num_pages: np.ndarray  # i32[projections]
+    scaling: np.ndarray  # f32[projections, max_layers]
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """One executable: T tokens in tiles of consecutive tokens of one sequence, B outputs.
+
+    Decode is tile 1 with an output per token; an extend step carries chunks of prompts. Without
+    ``sampling`` every output is the most probable token.
+    """
+
+    num_tokens: int
+    tile: int
+    num_outputs: int
+    sampling: bool
+
+    @property
+    def num_tiles(self) -> int:
+        return self.num_tokens // self.tile
+
+
+def _step_fields(shape: StepShape, max_pages: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    tokens, tiles, outputs = (shape.num_tokens,), (shape.num_tiles,), (shape.num_outputs,)
+    fields: dict[str, tuple[str, tuple[int, ...]]] = {
+        "tokens": ("int32", tokens),
+        "token_rows": ("int32", tokens),
+        "positions": ("int32", tokens),
+        "prompt_lengths": ("int32", tokens),
+        "kv_pages": ("int32", tokens),
+        "kv_offsets": ("int32", tokens),
+        "page_table": ("int32", (shape.num_tiles, max_pages)),
+        "slots": ("int32", tiles),
+        "out_index": ("int32", outputs),
+        "out_rows": ("int32", outputs),
+        "out_slots": ("int32", outputs),
+    }
+    if shape.sampling:
+        fields |= dict.fromkeys(SAMPLING_FLOATS, ("float32", outputs))
+        fields |= {"top_k": ("int32", outputs), "seeds": ("uint32", (shape.num_outputs, 2))}
+    return fields
+
+
+SAMPLING_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
+LAST_TOKEN = -1  # in ``tokens``: the token that the row drew last, which is still on the device
+PADDING = -1  # in ``positions``: this token is not one
+
+
+class StepLayout:
+    """Where each of a step's arrays lies in the one int32 vector that travels to the device."""
+
+    def __init__(self, shape: StepShape, max_pages: int) -> None:
+        self.shape = shape
+        self.fields: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        offset = 0
+        for name, (dtype, dims) in _step_fields(shape, max_pages).items():
+            self.fields[name] = (dtype, dims, offset)
+            offset += math.prod(dims)
+        self.size = offset
+
+    def views(self, packed: np.ndarray) -> dict[str, np.ndarray]:
+        """Writable views into a packed int32[size], each of its own dtype and shape."""
+        return {
+            name: packed[offset : offset + math.prod(dims)].view(dtype).reshape(dims)
+            for name, (dtype, dims, offset) in self.fields.items()
+        }

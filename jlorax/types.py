@@ -55,7 +55,7 @@ class SamplingParams:
     """How the next token is drawn. Greedy when ``temperature`` is 0.
 
     Ranges are checked in ``wire``; here every value is already allowed.
-    Order: penalties, temperature, top-k, typical-p, top-p, min-p, draw.
+    Order: penalties, temperature, top-k, top-p, min-p, typical-p, draw.
     """
 
     temperature: float = 0.0

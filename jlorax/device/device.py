@@ -1,0 +1,115 @@
+"""Owns every array on the device and runs steps. One thread calls it; nothing here awaits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jlorax.device.executables import ExecutableStore
+from jlorax.device.lora_bank import BankWriter, empty_bank
+from jlorax.device.step import RowState, StepOutput, empty_rows, make_step, step_arguments
+from jlorax.layout import BankLayout, PoolKey, SlotWrite, StepLayout, StepShape
+from jlorax.models.weights import BaseModel
+from jlorax.types import Progress, no_progress
+
+
+@dataclass(frozen=True)
+class DeviceSizes:
+    """How much of everything there is."""
+
+    max_batch: int  # rows
+    num_pages: int  # KV pages, page 0 (for padding) included
+    page_size: int  # tokens
+    max_pages_per_sequence: int
+    num_slots: int
+    pool_pages: Mapping[PoolKey, int]  # LoRA pages a pool, the zero page included
+
+
+@dataclass(frozen=True)
+class HostOutput:
+    """A StepOutput, read."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    top_tokens: np.ndarray | None
+    top_logprobs: np.ndarray | None
+
+
+class Device:
+    def __init__(
+        self,
+        model: BaseModel,
+        bank_layout: BankLayout,
+        sizes: DeviceSizes,
+        shapes: Sequence[StepShape],
+        executable_dir: Path | None,
+        progress: Progress = no_progress,
+    ) -> None:
+        """Allocates KV pool and bank, and readies one executable per shape."""
+        self._leaves = model.leaves
+        self._pools = empty_kv_pools(model, sizes)
+        self._bank = empty_bank(bank_layout, sizes.num_slots, sizes.pool_pages)
+        self._rows = empty_rows(sizes.max_batch, model.config.shape.vocab_size)
+        context = repr((model.config, model.dtype, bank_layout, sizes))
+        store = ExecutableStore(executable_dir, context)
+        self._steps = self._ready_steps(model, bank_layout, sizes, shapes, store, progress)
+        self._writer = BankWriter(self._bank)
+        self.num_compiled = store.num_compiled
+        self.num_loaded = store.num_loaded
+
+    def _ready_steps(
+        self,
+        model: BaseModel,
+        bank_layout: BankLayout,
+        sizes: DeviceSizes,
+        shapes: Sequence[StepShape],
+        store: ExecutableStore,
+        progress: Progress,
+    ) -> dict[StepShape, Any]:
+        def lowering(shape: StepShape) -> Any:
+            layout = StepLayout(shape, sizes.max_pages_per_sequence)
+            step = jax.jit(make_step(model, bank_layout, layout), donate_argnums=(1, 2))
+            arguments = step_arguments(model, self._pools, self._rows, self._bank, layout)
+            return lambda: step.lower(*arguments)
+
+        ready = store.get_all(((repr(shape), lowering(shape)) for shape in shapes), progress)
+        return {shape: ready[repr(shape)] for shape in shapes}
+
+    def launch(self, shape: StepShape, packed: np.ndarray) -> StepOutput:
+        """Starts a step and returns at once; ``packed`` as StepLayout lays it out."""
+        self._pools, self._rows, output = self._steps[shape](
+            self._leaves, self._pools, self._rows, self._bank, packed
+        )
+        return output
+
+    def write_slot(self, write: SlotWrite) -> None:
+        """Makes an adapter resident; steps launched later see it."""
+        self._bank = self._writer.write(self._bank, write)
+
+    def temp_bytes(self) -> dict[StepShape, int]:
+        """Scratch memory of every executable, as the compiler reports it."""
+        return {
+            shape: executable.memory_analysis().temp_size_in_bytes
+            for shape, executable in self._steps.items()
+        }
+
+
+def read(output: StepOutput) -> HostOutput:
+    """Waits for a step and copies what it chose. Called from a thread of its own."""
+    return HostOutput(*(None if array is None else np.asarray(array) for array in output))
+
+
+def empty_kv_pools(model: BaseModel, sizes: DeviceSizes) -> list[jax.Array]:
+    """One [P, 2, K, page_size, h] array a layer."""
+    s = model.config.shape
+    dims = (sizes.num_pages, 2, s.num_kv_heads, sizes.page_size, s.head_dim)
+    return [jnp.zeros(dims, model.dtype) for _ in range(s.num_layers)]
+
+
+__all__ = ["Device", "DeviceSizes", "HostOutput", "RowState", "read"]

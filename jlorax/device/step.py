@@ -1,0 +1,140 @@
+"""The step: one packed int32 vector in, the next tokens out; everything else stays on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jlorax.device import sampling
+from jlorax.device.sampling import SamplingRows
+from jlorax.layout import SAMPLING_FLOATS, BankLayout, StepLayout
+from jlorax.models.layers import TokenBatch
+from jlorax.models.lora import Bank, LoraBatch
+from jlorax.models.weights import BaseModel
+
+
+class RowState(NamedTuple):
+    """What a sequence keeps on the device, by its row id; the row after the last is for padding."""
+
+    last_token: jax.Array  # i32[R + 1]
+    seen: jax.Array  # bool[R + 1, V]: in prompt or answer
+    counts: jax.Array  # i32[R + 1, V]: in the answer
+
+
+class StepOutput(NamedTuple):
+    """Per output: the token, its raw log-probability, and the alternatives (sampling steps)."""
+
+    tokens: jax.Array  # i32[B]
+    logprobs: jax.Array  # f32[B]
+    top_tokens: jax.Array | None = None  # i32[B, 20]
+    top_logprobs: jax.Array | None = None  # f32[B, 20]
+
+
+def empty_rows(max_batch: int, vocab_size: int) -> RowState:
+    rows = max_batch + 1
+    return RowState(
+        last_token=jnp.zeros((rows,), jnp.int32),
+        seen=jnp.zeros((rows, vocab_size), jnp.bool_),
+        counts=jnp.zeros((rows, vocab_size), jnp.int32),
+    )
+
+
+Step = Callable[
+    [list[jax.Array], list[jax.Array], RowState, Bank, jax.Array],
+    tuple[list[jax.Array], RowState, StepOutput],
+]
+
+
+def make_step(model: BaseModel, bank_layout: BankLayout, layout: StepLayout) -> Step:
+    """The function of one executable; ``pools`` and ``rows`` are meant to be donated.
+
+    (leaves, pools, rows, bank, packed i32[layout.size]) -> (pools, rows, output)
+    """
+
+    def step(
+        leaves: list[jax.Array],
+        pools: list[jax.Array],
+        rows: RowState,
+        bank: Bank,
+        packed: jax.Array,
+    ) -> tuple[list[jax.Array], RowState, StepOutput]:
+        module = model.merge(leaves)
+        inputs = _unpack(packed, layout)
+        tokens = _tokens(inputs, rows)
+        if layout.shape.sampling:
+            rows = _count(rows, inputs, tokens)
+        batch = TokenBatch(
+            tokens=tokens,
+            positions=inputs["positions"],
+            rope_lengths=jnp.maximum(inputs["prompt_lengths"], inputs["positions"] + 1),
+            kv_pages=inputs["kv_pages"],
+            kv_offsets=inputs["kv_offsets"],
+            page_table=inputs["page_table"],
+        )
+        hidden, pools = module(batch, pools, LoraBatch(bank, bank_layout, inputs["slots"]))
+        head_lora = LoraBatch(bank, bank_layout, inputs["out_slots"])
+        logits = module.logits(hidden[inputs["out_index"]], head_lora)
+        output = _choose(logits, inputs, rows, layout)
+        last_token = rows.last_token.at[inputs["out_rows"]].set(output.tokens)
+        return pools, rows._replace(last_token=last_token), output
+
+    return step
+
+
+def _unpack(packed: jax.Array, layout: StepLayout) -> dict[str, jax.Array]:
+    inputs = {}
+    for name, (dtype, dims, offset) in layout.fields.items():
+        size = 1
+        for dim in dims:
+            size *= dim
+        part = lax.slice(packed, (offset,), (offset + size,)).reshape(dims)
+        inputs[name] = part if dtype == "int32" else lax.bitcast_convert_type(part, dtype)
+    return inputs
+
+
+def _tokens(inputs: dict[str, jax.Array], rows: RowState) -> jax.Array:
+    """LAST_TOKEN stands for the row's newest token, which the host may not have read yet."""
+    given = inputs["tokens"]
+    return jnp.where(given < 0, rows.last_token[inputs["token_rows"]], given)
+
+
+def _count(rows: RowState, inputs: dict[str, jax.Array], tokens: jax.Array) -> RowState:
+    """Enters the step's input tokens into their rows' books; position 0 opens a fresh page."""
+    row, position = inputs["token_rows"], inputs["positions"]
+    fresh = jnp.zeros((rows.seen.shape[0],), jnp.bool_).at[row].max(position == 0)
+    seen = rows.seen & ~fresh[:, None]
+    counts = jnp.where(fresh[:, None], 0, rows.counts)
+    is_answer = (position >= inputs["prompt_lengths"]).astype(jnp.int32)
+    return rows._replace(
+        seen=seen.at[row, tokens].set(True), counts=counts.at[row, tokens].add(is_answer)
+    )
+
+
+def _choose(
+    logits: jax.Array, inputs: dict[str, jax.Array], rows: RowState, layout: StepLayout
+) -> StepOutput:
+    if not layout.shape.sampling:
+        return StepOutput(*sampling.greedy(logits))
+    out_rows = inputs["out_rows"]
+    parameters = SamplingRows(
+        **{name: inputs[name] for name in SAMPLING_FLOATS},
+        top_k=inputs["top_k"],
+        seeds=inputs["seeds"],
+        positions=inputs["positions"][inputs["out_index"]] + 1,
+    )
+    drawn = sampling.sample(logits, parameters, rows.seen[out_rows], rows.counts[out_rows])
+    return StepOutput(*drawn, *sampling.alternatives(logits))
+
+
+def step_arguments(
+    model: BaseModel, pools: list[jax.Array], rows: RowState, bank: Bank, layout: StepLayout
+) -> tuple[Any, ...]:
+    """Shapes of a step's arguments, for compiling without running."""
+    described = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (model.leaves, pools, rows, bank)
+    )
+    return (*described, jax.ShapeDtypeStruct((layout.size,), jnp.int32))

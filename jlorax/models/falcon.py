@@ -1,0 +1,185 @@
+"""Falcon in Flax NNX: 7B (multi-query, parallel), 40B and 11B (new decoder), rw (ALiBi, biases)."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jlorax.models.config import FalconConfig, ModelShape
+from jlorax.models.layers import (
+    Embedding,
+    Head,
+    LayerNorm,
+    Rotation,
+    Site,
+    TokenBatch,
+    attend,
+    head_logits,
+    rotate,
+    rotation,
+)
+from jlorax.models.lora import LoraBatch
+from pallas_kernels.paged_attention.api import AttentionSpec
+
+_ACTIVATIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: FalconConfig, dtype: str) -> None:
+        s = config.shape
+        self.shape = s
+        fused = (s.num_heads + 2 * s.num_kv_heads) * s.head_dim
+        self.qkv = Site(("query_key_value",), s.d_model, (fused,), config.bias, dtype)
+        self.out = Site(("dense",), s.d_model, (s.d_model,), config.bias, dtype)
+        slopes = alibi_slopes(s.num_heads) if config.rope is None else None
+        self.spec = AttentionSpec(scale=s.head_dim**-0.5, alibi_slopes=slopes)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        turn: Rotation | None,
+        batch: TokenBatch,
+        pool: jax.Array,
+        lora: LoraBatch | None,
+        layer: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        q, k, v = split_heads(self.qkv(x, lora, layer)[0], self.shape)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        mixed, pool = attend(q, k, v, pool, batch, self.spec)
+        return self.out(mixed, lora, layer)[0], pool
+
+
+def split_heads(fused: jax.Array, shape: ModelShape) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[T, fused] -> q [T, H, h], k and v [T, K, h].
+
+    The file interleaves (q * group, k, v) per kv head; multi-query is one such group, and plain
+    multi-head (rw) is H groups of one query.
+    """
+    group = shape.num_heads // shape.num_kv_heads
+    heads = fused.reshape(fused.shape[0], shape.num_kv_heads, group + 2, shape.head_dim)
+    q = heads[:, :, :group].reshape(fused.shape[0], shape.num_heads, shape.head_dim)
+    return q, heads[:, :, group], heads[:, :, group + 1]
+
+
+def alibi_slopes(num_heads: int) -> tuple[float, ...]:
+    """Geometric slopes; heads beyond a power of two interleave. Press et al. 2021, arXiv:2108.12409."""
+    floor = 2 ** math.floor(math.log2(num_heads))
+
+    def series(count: int, step: int, of: int) -> list[float]:
+        base = 2 ** (-(2 ** -(math.log2(of) - 3)))
+        return [base**power for power in range(1, 1 + step * count, step)]
+
+    slopes = series(floor, 1, floor)
+    return tuple(slopes + series(num_heads - floor, 2, 2 * floor))
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, config: FalconConfig, dtype: str) -> None:
+        d, f = config.shape.d_model, config.d_ff
+        self.activation = config.activation
+        self.up = Site(("dense_h_to_4h",), d, (f,), config.bias, dtype)
+        self.down = Site(("dense_4h_to_h",), f, (d,), config.bias, dtype)
+
+    def __call__(self, x: jax.Array, lora: LoraBatch | None, layer: int) -> jax.Array:
+        return self.down(_ACTIVATIONS[self.activation](self.up(x, lora, layer)[0]), lora, layer)[0]
+
+
+class Block(nnx.Module):
+    """Parallel: x + attention(n(x)) + ffn(m(x)); sequential: as in the original transformer."""
+
+    def __init__(self, config: FalconConfig, dtype: str) -> None:
+        self.parallel = config.parallel_attention
+        self.attention = Attention(config, dtype)
+        self.ffn = FeedForward(config, dtype)
+        width, eps = config.shape.d_model, config.norm_eps
+        self.attention_norm = LayerNorm(width, eps, dtype)
+        self.ffn_norm = LayerNorm(width, eps, dtype) if has_ffn_norm(config) else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        turn: Rotation | None,
+        batch: TokenBatch,
+        pool: jax.Array,
+        lora: LoraBatch | None,
+        layer: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        normed = self.attention_norm(x)
+        mixed, pool = self.attention(normed, turn, batch, pool, lora, layer)
+        if not self.parallel:
+            x, mixed = x + mixed, jnp.zeros_like(x)
+        if self.ffn_norm is not None:
+            normed = self.ffn_norm(x)
+        return x + mixed + self.ffn(normed, lora, layer), pool
+
+
+class Falcon(nnx.Module):
+    def __init__(self, config: FalconConfig, dtype: str) -> None:
+        s = config.shape
+        self.config = config
+        self.embedding = Embedding(s.vocab_size, s.d_model, dtype)
+        self.blocks = nnx.List([Block(config, dtype) for _ in range(s.num_layers)])
+        self.norm = LayerNorm(s.d_model, config.norm_eps, dtype)
+        self.head = None if config.tie_embeddings else Head(s.vocab_size, s.d_model, dtype)
+
+    def __call__(
+        self, batch: TokenBatch, pools: list[jax.Array], lora: LoraBatch | None
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Hidden states [T, D] before the head, and the layers' KV pools with the step's tokens."""
+        x = self.embedding(batch.tokens)
+        turn = None if self.config.rope is None else rotation(self.config.rope, batch)
+        written = []
+        for layer, (block, pool) in enumerate(zip(self.blocks, pools, strict=True)):
+            x, pool = block(x, turn, batch, pool, lora, layer)
+            written.append(pool)
+        return self.norm(x), written
+
+    def logits(self, x: jax.Array, lora: LoraBatch | None) -> jax.Array:
+        """x: [B, D] -> f32[B, V]."""
+        head = self.embedding if self.head is None else self.head
+        return head_logits(x, head.weight[...], lora)
+
+
+def has_ffn_norm(config: FalconConfig) -> bool:
+    return not config.parallel_attention or config.num_parallel_norms == 2
+
+
+def tensor_names(config: FalconConfig) -> dict[str, tuple[str, ...]]:
+    """Parameter path -> the file's tensors."""
+    names = {
+        "embedding.weight": ("transformer.word_embeddings.weight",),
+        "norm.weight": ("transformer.ln_f.weight",),
+        "norm.bias": ("transformer.ln_f.bias",),
+    }
+    if not config.tie_embeddings:
+        names["head.weight"] = ("lm_head.weight",)
+    attention_norm, ffn_norm = "input_layernorm", "post_attention_layernorm"
+    if config.num_parallel_norms == 2:
+        attention_norm, ffn_norm = "ln_attn", "ln_mlp"
+    norms = {"attention_norm": attention_norm}
+    if has_ffn_norm(config):
+        norms["ffn_norm"] = ffn_norm
+    sites = {
+        "attention.qkv": "self_attention.query_key_value",
+        "attention.out": "self_attention.dense",
+        "ffn.up": "mlp.dense_h_to_4h",
+        "ffn.down": "mlp.dense_4h_to_h",
+    }
+    for i in range(config.shape.num_layers):
+        block, layer = f"blocks.{i}", f"transformer.h.{i}"
+        for ours, theirs in norms.items():
+            for kind in ("weight", "bias"):
+                names[f"{block}.{ours}.{kind}"] = (f"{layer}.{theirs}.{kind}",)
+        for ours, theirs in sites.items():
+            for kind in ("weight", "bias") if config.bias else ("weight",):
+                names[f"{block}.{ours}.{kind}"] = (f"{layer}.{theirs}.{kind}",)
+    return names

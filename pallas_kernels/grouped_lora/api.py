@@ -1,0 +1,39 @@
+"""Each row's own adapter, added to a linear map's output.
+
+For token t of block b = t // (T / NB), a projection's rank pages i in [0, num_pages):
+
+    delta[t] = sum_i ((x[t] @ A[a_pages[b, i]]^T) * scale[b]) @ B[b_pages[b, i]]
+
+    x: [T, D]                     T a multiple of NB: NB blocks of consecutive rows, one adapter each
+    a_pool: [P, L, 8, D]          rank pages (8 columns of rank, every layer) of width D
+    b_pool: [P, L, 8, N]          rank pages of width N
+    a_pages, b_pages: i32[NB, W]  W a multiple of 2; entries past an adapter's rank name the zero page
+    num_pages: i32[]              the most pages that any block of this step has: 0 costs nothing
+    scale: f32[NB]                alpha / rank (rsLoRA: alpha / sqrt(rank)) of this layer
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels.grouped_lora import xla
+
+
+class ProjectionPages(NamedTuple):
+    """One projection's share of the bank, as this step's blocks see it."""
+
+    a_pool: jax.Array
+    b_pool: jax.Array
+    a_pages: jax.Array
+    b_pages: jax.Array
+    num_pages: jax.Array
+    scale: jax.Array
+
+
+def grouped_lora(
+    x: jax.Array, projections: tuple[ProjectionPages, ...], layer: int
+) -> tuple[jax.Array, ...]:
+    """Deltas of projections that share the input x (a site), [T, N_i] in f32 each."""
+    return tuple(xla.grouped_lora(x, p, layer) for p in projections)
