@@ -1,0 +1,1 @@
+"""JSON <-> types, for server and client alike. Plain: no asyncio, no aiohttp, no jax."""

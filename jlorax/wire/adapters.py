@@ -1,0 +1,95 @@
+"""The adapter API's JSON, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jlorax.errors import AdapterConflict
+from jlorax.types import AdapterInfo, Tier
+from jlorax.wire.call import Limits, parse_adapter_id
+from jlorax.wire.fields import Fields
+
+
+@dataclass(frozen=True)
+class LoadAdapter:
+    adapter_id: str
+    folder: str  # under the server's adapter root
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One line of /v1/models; ``parent`` is the base model's id for an adapter."""
+
+    id: str
+    parent: str | None
+
+
+def parse_load_adapter(body: Mapping[str, Any], limits: Limits) -> LoadAdapter:
+    fields = Fields(body)
+    name = fields.text("adapter_id")
+    folder = fields.text("folder", max_chars=4096)
+    if name is None:
+        raise fields.wrong("adapter_id", "must be a string")
+    adapter_id = parse_adapter_id(name, limits)
+    if adapter_id is None:
+        raise AdapterConflict(f"{name!r} names the base model: an adapter needs another id")
+    return LoadAdapter(adapter_id, _checked_folder(fields, folder))
+
+
+def _checked_folder(fields: Fields, folder: str | None) -> str:
+    """Only its form: that it lies under the adapter root is for the owner of the disk to see."""
+    if not folder or not folder.isprintable():
+        raise fields.wrong("folder", "must name a folder under the server's adapter root")
+    parts = folder.replace("\\", "/").split("/")
+    if parts[0] == "" or ":" in parts[0] or ".." in parts:
+        raise fields.wrong(
+            "folder", f"must be a relative path without '..'. Given: {folder[:64]!r}"
+        )
+    return folder
+
+
+def render_adapter(info: AdapterInfo) -> dict[str, Any]:
+    return {
+        "adapter_id": info.adapter_id,
+        "tenant": info.tenant,
+        "generation": info.generation,
+        "source": info.source,
+        "tier": info.tier.value,
+        "rank": info.rank,
+        "target_modules": list(info.target_modules),
+        "size_bytes": info.size_bytes,
+        "num_requests": info.num_requests,
+        "last_used_s": info.last_used_s,
+    }
+
+
+def read_adapter(body: Mapping[str, Any]) -> AdapterInfo:
+    return AdapterInfo(
+        adapter_id=body["adapter_id"],
+        tenant=body["tenant"],
+        generation=body["generation"],
+        source=body["source"],
+        tier=Tier(body["tier"]),
+        rank=body["rank"],
+        target_modules=tuple(body["target_modules"]),
+        size_bytes=body["size_bytes"],
+        num_requests=body["num_requests"],
+        last_used_s=body["last_used_s"],
+    )
+
+
+def render_model(card: ModelCard, created_s: int) -> dict[str, Any]:
+    return {
+        "id": card.id,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "jlorax",
+        "root": card.parent or card.id,
+        "parent": card.parent,
+    }
+
+
+def read_model(body: Mapping[str, Any]) -> ModelCard:
+    return ModelCard(body["id"], body.get("parent"))

@@ -1,0 +1,235 @@
+"""The /v1 routes: OpenAI's completions, chat and models, and our adapter API."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from jlorax.errors import InvalidParameter, JLoraxError
+from jlorax.types import GenerateResult, TokenEvent
+from jlorax.wire import openai as wire
+from jlorax.wire.adapters import ModelCard, parse_load_adapter, render_adapter, render_model
+from jlorax.wire.call import Call
+from jlorax.wire.fields import checked_adapter_id
+from servers.failures import error_body, unexpected
+from servers.native import server_version
+from servers.serving import (
+    CONFIG,
+    ENGINE,
+    ServedEngine,
+    answer_headers,
+    answers,
+    common_headers,
+    count_prompt_tokens,
+    events_of,
+    json_response,
+    limits_of,
+    notes_of,
+    prompt_text,
+    read_call,
+    tokenized,
+)
+from servers.sse import SseStream, sse_stream
+
+
+def routes() -> list[web.RouteDef]:
+    return [
+        web.post("/v1/completions", completions),
+        web.post("/v1/chat/completions", chat_completions),
+        web.get("/v1/models", models),
+        web.get("/v1/adapters", adapters),
+        web.post("/v1/adapters", load_adapter),
+        web.delete("/v1/adapters/{adapter_id:.+}", unload_adapter),
+    ]
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    limits = limits_of(request.app)
+    call = await read_call(request, lambda body: wire.parse_completion(body, limits))
+    return await _answer(request, call, chat=False)
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    limits = limits_of(request.app)
+    call = await read_call(request, lambda body: wire.parse_chat(body, limits))
+    return await _answer(request, call, chat=True)
+
+
+async def models(request: web.Request) -> web.Response:
+    """The base model, then its adapters with the base as ``parent``."""
+    engine = request.app[ENGINE]
+    base = engine.model_info.model_id
+    cards = [ModelCard(base, None)]
+    cards += [ModelCard(info.adapter_id, base) for info in await engine.adapters()]
+    now_s = int(time.time())
+    return json_response({"object": "list", "data": [render_model(c, now_s) for c in cards]})
+
+
+async def adapters(request: web.Request) -> web.Response:
+    infos = await request.app[ENGINE].adapters()
+    return json_response({"object": "list", "data": [render_adapter(info) for info in infos]})
+
+
+async def load_adapter(request: web.Request) -> web.Response:
+    limits = limits_of(request.app)
+    load = await read_call(request, lambda body: parse_load_adapter(body, limits))
+    notes_of(request).adapter_id = load.adapter_id
+    info = await request.app[ENGINE].load_adapter(load.adapter_id, load.folder)
+    return json_response(render_adapter(info), status=201)
+
+
+async def unload_adapter(request: web.Request) -> web.Response:
+    """204. ``?force=true`` also while requests use it: they end with an error."""
+    adapter_id = checked_adapter_id(request.match_info["adapter_id"])
+    notes_of(request).adapter_id = adapter_id
+    force = request.query.get("force", "false")
+    if force not in ("true", "false"):
+        raise InvalidParameter("force", "must be true or false")
+    await request.app[ENGINE].unload_adapter(adapter_id, force=force == "true")
+    return web.Response(status=204)
+
+
+async def _answer(request: web.Request, call: Call, chat: bool) -> web.StreamResponse:
+    engine = request.app[ENGINE]
+    headers = common_headers(engine, call)
+    show = _Show(engine, await tokenized(engine, call), chat)
+    if call.show.stream:
+        return await _stream(request, show, headers)
+    results = await answers(engine, show.call, notes_of(request))
+    headers |= answer_headers(results, show.call.num_prompts)
+    return json_response(show.whole(results), headers=headers)
+
+
+async def _stream(request: web.Request, show: _Show, headers: dict[str, str]) -> web.StreamResponse:
+    """An error after the first chunk is a last ``data: {"error"}``, without [DONE]."""
+    async with sse_stream(request, headers, request.app[CONFIG].keep_alive_s) as stream:
+        try:
+            await _send_chunks(request, show, stream)
+            await stream.send_done()
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not stream.is_open:
+                raise
+            failure = error if isinstance(error, JLoraxError) else unexpected(error)
+            notes_of(request).failure = failure.code
+            await stream.send(error_body(failure, openai=True)[1])
+        return await stream.finish()
+
+
+async def _send_chunks(request: web.Request, show: _Show, stream: SseStream) -> None:
+    notes = notes_of(request)
+    notes.adapter_id = show.call.requests[0].adapter_id
+    async with aclosing(events_of(show.engine, show.call)) as events:
+        async for choice, event in events:
+            if event.result is not None:
+                notes.count(event.result)
+            for chunk in show.chunks(choice, event):
+                await stream.send(chunk)
+    if show.call.show.include_usage:
+        await stream.send(show.usage_chunk())
+
+
+@dataclass
+class _Show:
+    """Shows one call's answers; while streaming it counts what it has shown."""
+
+    engine: ServedEngine
+    call: Call
+    chat: bool
+    envelope: wire.Envelope = field(init=False)
+    results: dict[int, GenerateResult] = field(default_factory=dict)
+    num_tokens: dict[int, int] = field(default_factory=dict)
+    num_chars: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.envelope = wire.Envelope(
+            id=f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
+            created_s=int(time.time()),
+            model=self.call.model,
+            fingerprint=f"jlorax-{server_version()}",
+        )
+
+    def whole(self, results: list[GenerateResult]) -> dict[str, Any]:
+        usage = wire.usage(
+            count_prompt_tokens(results, self.call.num_prompts),
+            sum(len(result.tokens) for result in results),
+        )
+        choices = [self._choice(index, result) for index, result in enumerate(results)]
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self.envelope.around(kind, choices, usage=usage)
+
+    def chunks(self, choice: int, event: TokenEvent) -> list[dict[str, Any]]:
+        """One chunk a token; chat ends with an empty delta of its own, as OpenAI's does."""
+        first = choice not in self.num_tokens
+        if event.result is not None:
+            self.results[choice] = event.result
+        self.num_tokens[choice] = self.num_tokens.get(choice, 0) + 1
+        choices = (
+            self._chat_deltas(choice, event, first)
+            if self.chat
+            else self._completion_deltas(choice, event, first)
+        )
+        return [self._chunk([shown]) for shown in choices]
+
+    def usage_chunk(self) -> dict[str, Any]:
+        results = [self.results[choice] for choice in range(len(self.call.requests))]
+        counts = wire.usage(
+            count_prompt_tokens(results, self.call.num_prompts),
+            sum(len(result.tokens) for result in results),
+        )
+        return self.envelope.around(self._chunk_kind(), [], usage=counts)
+
+    def _choice(self, index: int, result: GenerateResult) -> dict[str, Any]:
+        token_text = self.engine.tokenizer.token_text
+        if self.chat:
+            return wire.chat_choice(index, result, self.call.show, token_text)
+        echoed = self._echoed(index)
+        return wire.completion_choice(index, result, self.call.show, echoed, token_text)
+
+    def _chat_deltas(self, choice: int, event: TokenEvent, first: bool) -> list[dict[str, Any]]:
+        show, token_text = self.call.show, self.engine.tokenizer.token_text
+        shown = [wire.chat_delta(choice, event.token, show, first, token_text)]
+        return [*shown, wire.chat_end(choice, event.result, show)] if event.result else shown
+
+    def _completion_deltas(
+        self, choice: int, event: TokenEvent, first: bool
+    ) -> list[dict[str, Any]]:
+        """With echo the prompt comes as a chunk of its own before the first token."""
+        token_text = self.engine.tokenizer.token_text
+        echoed = self._echoed(choice) if first else ""
+        offset = self.num_chars.get(choice, len(echoed))
+        self.num_chars[choice] = offset + len(event.token.text)
+        shown = [] if not echoed else [wire.echo_delta(choice, echoed)]
+        delta = wire.completion_delta(
+            choice, event.token, event.result, self.call.show, offset, token_text
+        )
+        return [*shown, delta]
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        show = self.call.show
+        if show.continuous_usage:
+            return self._around(choices, usage=self._usage_so_far())
+        return self._around(choices, usage=None) if show.include_usage else self._around(choices)
+
+    def _around(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return self.envelope.around(self._chunk_kind(), choices, **more)
+
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _usage_so_far(self) -> dict[str, int]:
+        """Prompts are token ids here: serving.tokenized saw to it."""
+        prompts = self.call.requests[:: len(self.call.requests) // self.call.num_prompts]
+        prompt_tokens = sum(len(request.prompt) for request in prompts)
+        return wire.usage(prompt_tokens, sum(self.num_tokens.values()))
+
+    def _echoed(self, choice: int) -> str:
+        if not self.call.show.echo:
+            return ""
+        return prompt_text(self.engine, self.call.requests[choice])

@@ -1,0 +1,98 @@
+"""The HTTP server: routes, middleware, and the life of a process that serves them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+from contextlib import suppress
+
+from aiohttp import web
+
+from jlorax.config import ServerConfig
+from jlorax.errors import ConfigError
+from servers import native, openai
+from servers.failures import answer_errors
+from servers.serving import CONFIG, ENGINE, ServedEngine
+
+log = logging.getLogger("jlorax.http")
+
+DRAIN_DEADLINE_S = 30.0
+CLOSE_DEADLINE_S = 2.0
+
+
+def create_app(engine: ServedEngine, config: ServerConfig) -> web.Application:
+    app = web.Application(middlewares=[answer_errors], client_max_size=config.max_body_bytes)
+    app[ENGINE] = engine
+    app[CONFIG] = config
+    app.add_routes(native.routes())
+    app.add_routes(openai.routes())
+    return app
+
+
+def create_runner(app: web.Application) -> web.AppRunner:
+    """``handler_cancellation``: a client that goes away cancels its handler, so its request.
+
+    Bodies are never decompressed: a small gzip could hold gigabytes (it gets a 415 instead).
+    """
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        auto_decompress=False,
+        shutdown_timeout=CLOSE_DEADLINE_S,
+        keepalive_timeout=75.0,
+    )
+
+
+async def run_server(app: web.Application, host: str, port: int) -> None:
+    """Serves until SIGTERM or SIGINT, then drains and returns."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    runner = create_runner(app)
+    await runner.setup()
+    try:
+        site = await _listen(runner, host, port)
+        log.info("serving on http://%s:%d", host, bound_port(runner))
+        await stop.wait()
+        await _drain(app[ENGINE], site)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        await runner.cleanup()
+
+
+def bound_port(runner: web.AppRunner) -> int:
+    """The port that the system chose for port 0."""
+    port: int = runner.addresses[0][1]
+    return port
+
+
+async def _listen(runner: web.AppRunner, host: str, port: int) -> web.TCPSite:
+    site = web.TCPSite(runner, host, port)
+    try:
+        await site.start()
+    except OSError as error:
+        raise ConfigError(_why_not(error, host, port)) from error
+    return site
+
+
+def _why_not(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} on {host} is in use by another process: choose another --port"
+    if error.errno == errno.EACCES:
+        return f"port {port} on {host} needs rights that this process lacks: use 1024 or above"
+    return f"cannot listen on {host} port {port}: {error.strerror or error}"
+
+
+async def _drain(engine: ServedEngine, site: web.TCPSite) -> None:
+    """No new connections; running requests may end; the rest is cut off at the deadline."""
+    log.info("draining: waiting up to %.0f s for running requests", DRAIN_DEADLINE_S)
+    await site.stop()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_DEADLINE_S):
+            await engine.drain()
+            log.info("drained")

@@ -1,0 +1,190 @@
+"""Stand-ins at the seams. Scripted, deterministic, and they remember what they saw."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from jlorax.errors import AdapterConflict, AdapterNotFound, InvalidRequest, JLoraxError, Unavailable
+from jlorax.types import (
+    AdapterInfo,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    GenerateResult,
+    ModelInfo,
+    PromptToken,
+    Tier,
+    Token,
+    TokenAlternative,
+    TokenEvent,
+)
+
+MODEL_INFO = ModelInfo(
+    model_id="tiny/base",
+    architecture="llama",
+    dtype="float32",
+    device="cpu",
+    vocab_size=1000,
+    max_seq_len=256,
+    max_batch=8,
+    max_rank=64,
+    max_slots=4,
+    eos_token_ids=(2,),
+)
+
+
+class FakeTokenizer:
+    """One token a character: its code point, modulo the vocabulary."""
+
+    has_template = True
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [1] * add_special_tokens + [ord(char) % 1000 for char in text]
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        if not self.has_template:
+            raise InvalidRequest("this model has no chat template")
+        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        return self.encode(text, add_special_tokens=False)
+
+    def tokenize_with_offsets(
+        self, text: str, add_special_tokens: bool = True
+    ) -> list[tuple[int, str, int, int]]:
+        return [(ord(char) % 1000, char, i, i + 1) for i, char in enumerate(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.token_text(id_) for id_ in ids)
+
+    def token_text(self, token_id: int) -> str:
+        return chr(token_id)
+
+
+@dataclass
+class FakeEngine:
+    """Answers every request with ``script``, a token a word, or raises ``error`` at ``fail_at``.
+
+    With a ``gate`` each token waits for a permit, so that a test decides when time passes.
+    """
+
+    script: Sequence[str] = ("Hello", ",", " ", "world")
+    error: JLoraxError | Exception | None = None
+    fail_at: int = 0
+    gate: asyncio.Semaphore | None = None
+    finish: FinishReason = FinishReason.EOS_TOKEN
+    state: str = "ready"
+    model_info: ModelInfo = MODEL_INFO
+    tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
+    seen: list[GenerateRequest] = field(default_factory=list)
+    num_open: int = 0
+    num_closed: int = 0
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    registered: dict[str, AdapterInfo] = field(default_factory=dict)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
+        self.seen.append(request)
+        self.num_open += 1
+        try:
+            async for event in self._events(request):
+                yield event
+        finally:
+            self.num_open -= 1
+            self.num_closed += 1
+            self.closed.set()
+
+    async def _events(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
+        if self.state != "ready":
+            raise Unavailable(f"the engine is {self.state}")
+        if request.adapter_id is not None and request.adapter_id not in self.registered:
+            raise AdapterNotFound(request.adapter_id)
+        tokens: list[Token] = []
+        for index, text in enumerate(self.script):
+            if self.error is not None and index == self.fail_at:
+                raise self.error
+            if self.gate is not None:
+                await self.gate.acquire()
+            tokens.append(_token(request, index, text))
+            last = index + 1 == len(self.script)
+            result = self._result(request, tuple(tokens)) if last else None
+            yield TokenEvent(tokens[-1], index, result)
+
+    def _result(self, request: GenerateRequest, tokens: tuple[Token, ...]) -> GenerateResult:
+        ids = request.prompt
+        if isinstance(ids, str):
+            ids = tuple(self.tokenizer.encode(ids, request.add_special_tokens))
+        prompt_tokens = [
+            PromptToken(id_, chr(id_), None if i == 0 else -0.5) for i, id_ in enumerate(ids)
+        ]
+        return GenerateResult(
+            text="".join(token.text for token in tokens),
+            finish_reason=self.finish,
+            tokens=tokens,
+            prompt_token_ids=ids,
+            seed=None if request.sampling.temperature == 0 else request.sampling.seed or 7,
+            prompt_tokens=tuple(prompt_tokens) if request.prompt_logprobs else (),
+            queue_s=0.25,
+            time_to_first_token_s=0.5,
+            total_s=1.5,
+        )
+
+    async def load_adapter(
+        self, adapter_id: str, folder: str, tenant: str = "default"
+    ) -> AdapterInfo:
+        if adapter_id in self.registered:
+            raise AdapterConflict(f"adapter {adapter_id!r} exists already")
+        if self.error is not None:
+            raise self.error
+        self.registered[adapter_id] = adapter_info(adapter_id, folder)
+        return self.registered[adapter_id]
+
+    async def unload_adapter(
+        self, adapter_id: str, tenant: str = "default", force: bool = False
+    ) -> None:
+        info = self.registered.get(adapter_id)
+        if info is None:
+            raise AdapterNotFound(adapter_id)
+        if info.num_requests and not force:
+            raise AdapterConflict(f"{adapter_id!r} is used by {info.num_requests} requests")
+        del self.registered[adapter_id]
+
+    async def adapters(self, tenant: str = "default") -> list[AdapterInfo]:
+        return list(self.registered.values())
+
+    def stats(self) -> EngineStats:
+        return EngineStats(self.state, 0, self.num_open, 8, 8, 0, 0, 0)
+
+    def metrics(self) -> bytes:
+        return b"# TYPE jlorax_up gauge\njlorax_up 1\n"
+
+    async def drain(self) -> None:
+        """Like the real one: refuses new requests, returns when the running ones have ended."""
+        self.state = "draining"
+        while self.num_open:
+            self.closed.clear()
+            await self.closed.wait()
+
+
+def adapter_info(adapter_id: str, folder: str = "folder", **changes: Any) -> AdapterInfo:
+    info = AdapterInfo(
+        adapter_id=adapter_id,
+        tenant="default",
+        generation=1,
+        source=folder,
+        tier=Tier.DEVICE,
+        rank=8,
+        target_modules=("q_proj", "v_proj"),
+        size_bytes=4096,
+        num_requests=0,
+        last_used_s=None,
+    )
+    return replace(info, **changes)
+
+
+def _token(request: GenerateRequest, index: int, text: str) -> Token:
+    """Its id is 100 + its place; alternatives only as many as were asked for."""
+    alternatives = tuple(
+        TokenAlternative(200 + k, chr(200 + k), -1.0 - k) for k in range(request.num_top_logprobs)
+    )
+    return Token(100 + index, text, -0.25 * (index + 1), False, alternatives)
