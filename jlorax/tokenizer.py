@@ -18,7 +18,8 @@ Messages = Sequence[Mapping[str, Any]]
 
 _BROKEN = "\ufffd"  # what decoding makes of bytes that are no character, or not yet one
 _CONTEXT_TOKENS = 6  # of the prompt: enough for the first piece to know whether a space precedes
-_MAX_HELD_TOKENS = 16  # a character has 4 bytes at most, so this many can only be broken
+_MAX_CHARACTER_TOKENS = 4  # one for each of its bytes
+_MAX_HELD_TOKENS = 16  # that many without a whole character can only be broken bytes
 
 
 class TokenPiece(NamedTuple):
@@ -173,9 +174,8 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        context = [i for i in prompt_ids[-4 * _CONTEXT_TOKENS :] if not tokenizer.is_special(i)]
-        self._ids = context[-_CONTEXT_TOKENS:]
-        self._read = self._end_of_whole_characters()
+        tail = [i for i in prompt_ids[-4 * _CONTEXT_TOKENS :] if not tokenizer.is_special(i)]
+        self._ids, self._read = self._context(tail)
 
     def push(self, token_id: int) -> str:
         """The text that became final: "" while a character is incomplete, and for special ids."""
@@ -200,12 +200,20 @@ class IncrementalDetokenizer:
         before = self._tokenizer.decode(self._ids[: self._read])
         return self._tokenizer.decode(self._ids)[len(before) :]
 
-    def _end_of_whole_characters(self) -> int:
-        """A prompt may end within a character; the answer then emits it when it is whole."""
-        for end in range(len(self._ids), 0, -1):
-            if not self._tokenizer.decode(self._ids[:end]).endswith(_BROKEN):
-                return end
-        return 0
+    def _context(self, tail: list[int]) -> tuple[list[int], int]:
+        """The prompt's last ids, from one border between characters to another, and what follows.
+
+        A prompt may end within a character; the answer then emits it when it is whole. And no
+        window may begin within one: SentencePiece gives up a whole run of bytes for one of them.
+        """
+        for end in range(len(tail), max(-1, len(tail) - _MAX_CHARACTER_TOKENS), -1):
+            latest = max(0, end - _CONTEXT_TOKENS)
+            for start in range(latest, max(-1, latest - _MAX_CHARACTER_TOKENS), -1):
+                text = self._tokenizer.decode(tail[start:end])
+                if not text.startswith(_BROKEN) and not text.endswith(_BROKEN):
+                    return tail[start:], end - start
+        context = tail[-_CONTEXT_TOKENS:]  # a prompt of broken characters
+        return context, len(context)
 
 
 class StopMatcher:

@@ -200,14 +200,13 @@ def _rope(
         return {"rope_theta": theta, **_llama3(divisors, theta, head_dim, numbers.file)}
     if kind == "none":
         return {"rope_type": "default", "rope_theta": theta}
+    if kind not in ("linear", "yarn"):
+        raise ModelInvalid(
+            f"{numbers.file}: llama.rope.scaling.type is {kind!r}; known are none, linear, yarn"
+        )
+    extra = _yarn(numbers) if kind == "yarn" else {}
     factor = numbers.real("rope.scaling.factor")
-    if kind == "linear":
-        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    if kind == "yarn":
-        return {"rope_theta": theta, "factor": factor, **_yarn(numbers)}
-    raise ModelInvalid(
-        f"{numbers.file}: llama.rope.scaling.type is {kind!r}; known are none, linear, yarn"
-    )
+    return {"rope_type": kind, "rope_theta": theta, "factor": factor, **extra}
 
 
 def _yarn(numbers: _Numbers) -> dict[str, Any]:
@@ -219,7 +218,6 @@ def _yarn(numbers: _Numbers) -> dict[str, Any]:
                 f"only {expected} can be expressed"
             )
     return {
-        "rope_type": "yarn",
         "original_max_position_embeddings": numbers.count("rope.scaling.original_context_length"),
         "beta_fast": numbers.real("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": numbers.real("rope.scaling.yarn_beta_slow", 1.0),
