@@ -1,0 +1,142 @@
+"""Configuration: one frozen dataclass per owner, composed, checked when built. No environment here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jlorax.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the base model comes from: a folder, a GGUF file, a hub id, or None: the embedded one."""
+
+    model: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, f"dtype is {self.dtype!r}; allowed are: {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """The compiled shapes. A step is a decode (a token per sequence) or an extend (prompt chunks).
+
+    ``greedy_buckets`` and ``sampling_buckets`` are decode batch sizes; extend steps can always
+    sample. ``tile`` tokens of an extend step belong to one sequence.
+    """
+
+    greedy_buckets: tuple[int, ...] = (1, 8)
+    sampling_buckets: tuple[int, ...] = (1, 8, 32)
+    extend_buckets: tuple[int, ...] = (64, 256)
+    tile: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("greedy_buckets", "sampling_buckets", "extend_buckets"):
+            buckets = getattr(self, name)
+            _require(
+                all(b > 0 for b in buckets) and list(buckets) == sorted(set(buckets)),
+                f"{name} is {buckets}; it must rise and be positive",
+            )
+        _require(bool(self.sampling_buckets), "sampling_buckets is empty")
+        _require(bool(self.extend_buckets), "extend_buckets is empty")
+        _require(
+            all(b % self.tile == 0 for b in self.extend_buckets),
+            f"extend_buckets {self.extend_buckets} must be multiples of tile {self.tile}",
+        )
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Batching. ``max_batch`` sequences run at once; ``max_queued`` more may wait."""
+
+    max_batch: int = 32
+    max_queued: int = 256
+    max_overtake_s: float = 0.5  # how long a request that waits for a slot may be passed by
+
+    def __post_init__(self) -> None:
+        _require(self.max_batch >= 1, f"max_batch is {self.max_batch}; it must be at least 1")
+        _require(self.max_queued >= 1, f"max_queued is {self.max_queued}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """The KV pool. ``cache_bytes`` None: room for max_batch sequences of an eighth of the context."""
+
+    max_seq_len: int | None = None  # None: what the model was trained for, at most 8192
+    cache_bytes: int | None = None
+    page_size: int = 64
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_seq_len is None or self.max_seq_len >= 2,
+            f"max_seq_len is {self.max_seq_len}; it must be at least 2",
+        )
+        _require(self.page_size >= 1, f"page_size is {self.page_size}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The adapter tiers: device bank, host RAM, disk; and where adapters may come from."""
+
+    root: Path | None = None
+    named: tuple[tuple[str, Path], ...] = ()
+    bank_bytes: int = 512 * MIB
+    max_slots: int = 64
+    max_rank: int = 64
+    host_cache_bytes: int = 2 * GIB
+    disk_dir: Path | None = None  # None: no disk tier
+    disk_cache_bytes: int = 16 * GIB
+
+    def __post_init__(self) -> None:
+        _require(self.max_slots >= 1, f"max_slots is {self.max_slots}; it must be at least 1")
+        _require(1 <= self.max_rank <= 256, f"max_rank is {self.max_rank}; allowed are 1 to 256")
+        for name in ("bank_bytes", "host_cache_bytes", "disk_cache_bytes"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything the engine needs, by owner."""
+
+    cache_dir: Path
+    model: ModelSource = field(default_factory=ModelSource)
+    steps: StepConfig = field(default_factory=StepConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    kv: KVConfig = field(default_factory=KVConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    model_id: str | None = None  # the name clients use; None: from the model's source
+    executable_dir: Path | None = None  # None: compiled anew at every start
+
+    def __post_init__(self) -> None:
+        largest = self.steps.sampling_buckets[-1]
+        _require(
+            largest >= self.scheduler.max_batch,
+            f"max_batch is {self.scheduler.max_batch}, above the largest decode bucket {largest}",
+        )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP front."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    max_body_bytes: int = 2 * MIB
+    max_batch_prompts: int = 64
+    keep_alive_s: float = 75.0
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, f"port is {self.port}; allowed are 0 to 65535")

@@ -1,0 +1,289 @@
+"""Who runs next. Plain and synchronous: ``plan`` decides a step, ``complete`` takes its tokens.
+
+A step is planned before the last one's tokens are read, so a stop is noticed one step late and that
+row's extra token thrown away. Freed pages, rows and slots may be handed out at once all the same:
+the device runs steps in order, so what is written for the new owner comes after.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+
+from jlorax.layout import StepShape
+from jlorax.scheduling.pages import PagePool
+from jlorax.scheduling.pins import PinBook, PinChanges
+from jlorax.scheduling.sequence import Sequence
+from jlorax.scheduling.step_plan import Chunk, PlanBuilder, StepPlan, smallest
+from jlorax.types import AdapterVersion, FinishReason
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    shapes: tuple[StepShape, ...]
+    max_batch: int
+    num_pages: int
+    page_size: int
+    max_pages_per_sequence: int
+    num_slots: int
+    max_overtake_s: float
+
+
+@dataclass(frozen=True)
+class Emission:
+    """A token for a stream. ``finish_reason`` is set on the last."""
+
+    sequence: Sequence
+    token: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...]
+    finish_reason: FinishReason | None
+
+
+class Policy:
+    def __init__(self, config: PolicyConfig) -> None:
+        self.config = config
+        self.pool = PagePool(config.num_pages, config.page_size)
+        self.pins = PinBook(config.num_slots)
+        self.waiting: list[Sequence] = []  # by order of arrival
+        self.running: list[Sequence] = []  # by order of arrival
+        self.num_preemptions = 0
+        self._decode_shapes = tuple(s for s in config.shapes if s.tile == 1)
+        self._extend_shapes = tuple(s for s in config.shapes if s.tile > 1)
+        self._extend_capacity = max(s.num_tokens for s in self._extend_shapes)
+        self._decode_capacity = max(s.num_tokens for s in self._decode_shapes)
+        self._free_rows = list(range(config.max_batch - 1, -1, -1))
+        self._page_tables = np.zeros((config.max_batch, config.max_pages_per_sequence), np.int32)
+        self._builder = PlanBuilder(self._page_tables, config.page_size, config.num_slots)
+        self._last_was_extend = False
+        self._num_added = 0
+
+    # ---- entering and leaving
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.order = self._num_added
+        self._num_added += 1
+        self.waiting.append(sequence)
+
+    def remove_over(self) -> None:
+        """Takes out every sequence that ended or was cancelled; its pages and row are free."""
+        for sequence in [s for s in self.running if s.is_over]:
+            self._vacate(sequence)
+        self.waiting = [s for s in self.waiting if not s.is_over]
+
+    def waiting_for(self, version: AdapterVersion) -> list[Sequence]:
+        return [s for s in self.waiting if s.version == version]
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def update_pins(self, now_s: float) -> PinChanges:
+        """What to acquire and release: running adapters, then the next ones in order."""
+        return self.pins.update(self._wanted_versions(now_s))
+
+    def _wanted_versions(self, now_s: float) -> Iterator[AdapterVersion]:
+        for sequence in self.running:
+            if sequence.version is not None:
+                yield sequence.version
+        for sequence in self.waiting:
+            if sequence.version is not None:
+                yield sequence.version
+                if self._must_drain_for(sequence, now_s):
+                    return
+
+    # ---- planning
+
+    def plan(self, now_s: float) -> StepPlan | None:
+        """The next step, or None when nothing can run. Extend and decode steps take turns."""
+        self.remove_over()
+        planners = [self._plan_extend, self._plan_decode]
+        if self._last_was_extend:
+            planners.reverse()
+        for planner in planners:
+            plan = planner(now_s)
+            if plan is not None:
+                self._last_was_extend = planner == self._plan_extend
+                return plan
+        return None
+
+    def _plan_decode(self, now_s: float) -> StepPlan | None:
+        chosen: list[Sequence] = []
+        for sequence in list(self.running):
+            if len(chosen) == self._decode_capacity:
+                break
+            if sequence.row is None or not sequence.can_decode:
+                continue
+            if self._grow(sequence, sequence.num_computed + 1, chosen):
+                chosen.append(sequence)
+        if not chosen:
+            return None
+        chunks = [Chunk(s, s.num_computed, 1, self._slot(s), True) for s in chosen]
+        chunks.sort(key=lambda chunk: chunk.slot)
+        shape = self._shape(self._decode_shapes, len(chunks), chosen)
+        plan = self._builder.decode(shape, chunks)
+        self._launch(chunks)
+        return plan
+
+    def _plan_extend(self, now_s: float) -> StepPlan | None:
+        chunks: list[Chunk] = []
+        tokens_left = self._extend_capacity
+        for sequence in self._extend_candidates(now_s):
+            count = min(sequence.num_prefill - sequence.num_computed, tokens_left)
+            end = sequence.num_computed + count
+            if not self._grow(sequence, end, [chunk.sequence for chunk in chunks]):
+                continue
+            chunks.append(
+                Chunk(
+                    sequence,
+                    sequence.num_computed,
+                    count,
+                    self._slot(sequence),
+                    end == sequence.num_prefill,
+                )
+            )
+            tokens_left -= self._padded(count)
+            if tokens_left <= 0:
+                break
+        if not chunks:
+            return None
+        shape = self._shape(
+            self._extend_shapes, self._extend_capacity - tokens_left, [c.sequence for c in chunks]
+        )
+        plan = self._builder.extend(shape, chunks)
+        self._launch(chunks)
+        return plan
+
+    def _extend_candidates(self, now_s: float) -> Iterator[Sequence]:
+        """Running sequences with prompt left, then waiting ones as they can be admitted."""
+        for sequence in list(self.running):
+            if sequence.row is not None and sequence.needs_extend:
+                yield sequence
+        for sequence in list(self.waiting):
+            if sequence.num_in_flight:
+                continue  # preempted, and its last tokens are still on the device
+            if sequence.version is not None and self.pins.slot(sequence.version) is None:
+                if self._must_drain_for(sequence, now_s):
+                    return
+                continue
+            if not self._admit(sequence):
+                return
+            yield sequence
+
+    def _must_drain_for(self, sequence: Sequence, now_s: float) -> bool:
+        """A request that waited its time for a slot lets nobody pass, so that slots drain."""
+        if sequence.version is None:
+            return False
+        since = self.pins.waits_for_slot_since(sequence.version)
+        return since is not None and now_s - since > self.config.max_overtake_s
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """A row, and room for all known tokens, or nothing."""
+        needed = self.pool.pages_for(len(sequence.tokens) + 1)
+        if not self._free_rows or needed > self.pool.num_free:
+            return False
+        sequence.row = self._free_rows.pop()
+        sequence.num_prefill = len(sequence.tokens)
+        self.waiting.remove(sequence)
+        insort(self.running, sequence, key=lambda s: s.order)
+        return True
+
+    def _shape(
+        self, shapes: tuple[StepShape, ...], num_tokens: int, sequences: Many[Sequence]
+    ) -> StepShape:
+        shape = smallest(shapes, num_tokens, any(s.needs_sampling for s in sequences))
+        assert shape is not None, (num_tokens, shapes)
+        return shape
+
+    def _padded(self, count: int) -> int:
+        tile = self._extend_shapes[0].tile
+        return -(-count // tile) * tile
+
+    def _slot(self, sequence: Sequence) -> int:
+        if sequence.version is None:
+            return self.config.num_slots
+        slot = self.pins.slot(sequence.version)
+        assert slot is not None, sequence.version
+        return slot
+
+    def _launch(self, chunks: list[Chunk]) -> None:
+        for chunk in chunks:
+            chunk.sequence.num_computed += chunk.count
+            chunk.sequence.num_in_flight += chunk.final
+
+    # ---- pages
+
+    def _grow(self, sequence: Sequence, num_tokens: int, kept: Many[Sequence]) -> bool:
+        """Pages for num_tokens, at the cost of later arrivals; never of those already ``kept``."""
+        held = len(sequence.pages)
+        while not self.pool.grow(sequence.pages, num_tokens):
+            victim = self.running[-1]
+            if victim in kept:
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if len(sequence.pages) > held:
+            self._page_tables[sequence.row, : len(sequence.pages)] = sequence.pages
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Loses its pages and computes its tokens anew later; it keeps its place in the order."""
+        self.num_preemptions += 1
+        self._vacate(sequence)
+        sequence.num_computed = 0
+        insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def _vacate(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.free(sequence.pages)
+        assert sequence.row is not None
+        self._page_tables[sequence.row] = 0
+        self._free_rows.append(sequence.row)
+        sequence.row = None
+
+    # ---- results
+
+    def complete(
+        self,
+        plan: StepPlan,
+        tokens: np.ndarray,
+        logprobs: np.ndarray,
+        top_tokens: np.ndarray | None,
+        top_logprobs: np.ndarray | None,
+    ) -> list[Emission]:
+        """Takes a step's outputs; what came for a sequence that is over is thrown away."""
+        emissions = []
+        for i, sequence in enumerate(plan.outputs):
+            sequence.num_in_flight -= 1
+            if sequence.is_over:
+                continue
+            token = int(tokens[i])
+            sequence.accept(token)
+            wanted = sequence.num_alternatives
+            best: tuple[tuple[int, float], ...] = ()
+            if wanted and top_tokens is not None and top_logprobs is not None:
+                best = tuple(
+                    zip(
+                        top_tokens[i, :wanted].tolist(),
+                        top_logprobs[i, :wanted].tolist(),
+                        strict=True,
+                    )
+                )
+            emissions.append(
+                Emission(sequence, token, float(logprobs[i]), best, sequence.finish_reason)
+            )
+        return emissions
+
+    def check(self) -> None:
+        """Asserts the books: pages, rows, and that nobody is in two lists."""
+        everyone = [*self.running, *self.waiting]
+        assert len(set(map(id, everyone))) == len(everyone)
+        self.pool.check([s.pages for s in everyone])
+        rows = sorted([*self._free_rows, *(s.row for s in self.running if s.row is not None)])
+        assert rows == list(range(self.config.max_batch)), rows
+        assert all(not s.pages and s.row is None for s in self.waiting)

@@ -1,0 +1,88 @@
+"""A request's token state in the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from jlorax.types import AdapterVersion, FinishReason, SamplingParams
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request, from admission to its end. The scheduler is its only writer.
+
+    tokens:     [ prompt ................. | answer, as read so far ]
+    prefill:    [ known at admission, so computed by extend steps )   num_prefill
+    computed:   [ positions whose keys are in the pool, by launched steps )   num_computed
+    in flight:  num_in_flight outputs are launched and not yet read; their tokens are on the device
+    """
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    seed: int
+    max_new_tokens: int
+    stop_token_ids: frozenset[int]
+    version: AdapterVersion | None
+    num_alternatives: int = 0
+    stream: Any = None
+    arrival_s: float = 0.0
+    order: int = 0  # of arrival; the latest is preempted first
+
+    tokens: list[int] = field(default_factory=list)
+    num_prefill: int = 0
+    num_computed: int = 0
+    num_in_flight: int = 0
+    pages: list[int] = field(default_factory=list)
+    row: int | None = None
+    finish_reason: FinishReason | None = None
+    is_cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def num_planned_tokens(self) -> int:
+        """Length once everything in flight is read."""
+        return len(self.tokens) + self.num_in_flight
+
+    @property
+    def num_answer_planned(self) -> int:
+        return self.num_planned_tokens - len(self.prompt)
+
+    @property
+    def is_over(self) -> bool:
+        return self.finish_reason is not None or self.is_cancelled
+
+    @property
+    def needs_extend(self) -> bool:
+        """Tokens known at admission are still to be computed."""
+        return self.num_computed < self.num_prefill
+
+    @property
+    def can_decode(self) -> bool:
+        """All but the newest token, which the device holds, is computed, and more are wanted."""
+        return (
+            not self.needs_extend
+            and self.num_computed == self.num_planned_tokens - 1
+            and self.num_answer_planned < self.max_new_tokens
+        )
+
+    @property
+    def needs_sampling(self) -> bool:
+        s = self.sampling
+        return (
+            s.temperature > 0
+            or self.num_alternatives > 0
+            or s.repetition_penalty != 1.0
+            or s.frequency_penalty != 0.0
+            or s.presence_penalty != 0.0
+        )
+
+    def accept(self, token: int) -> None:
+        """Appends a token that the device chose, and notes whether it ends the answer."""
+        self.tokens.append(token)
+        if token in self.stop_token_ids:
+            self.finish_reason = FinishReason.EOS_TOKEN
+        elif len(self.tokens) - len(self.prompt) >= self.max_new_tokens:
+            self.finish_reason = FinishReason.LENGTH
