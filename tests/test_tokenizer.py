@@ -286,6 +286,13 @@ def test_special_tokens_add_no_text(bpe: Tokenizer) -> None:
     assert streamed(bpe, ids) == ["Hello", "", " world", "", "", ""]
 
 
+def test_the_window_stays_small(bpe: Tokenizer) -> None:
+    detokenizer = IncrementalDetokenizer(bpe, bpe.encode(MIXED * 10))
+    for token_id in [*bpe.encode(MIXED * 10), *[2] * 500]:
+        detokenizer.push(token_id)
+        assert len(detokenizer._ids) < 30
+
+
 def test_a_broken_end_is_shown_at_the_finish(bpe: Tokenizer) -> None:
     detokenizer = IncrementalDetokenizer(bpe)
     assert detokenizer.push(bpe.encode("😀")[0]) == ""

@@ -45,7 +45,11 @@ def bpe_metadata(pre: str = "smollm") -> dict[str, Any]:
     }
 
 
-SPM_PIECES = ["he", "ll", "hell", "hello", "▁hello", "▁w", "or", "▁wor", "ld", "▁world", "aa", "▁▁"]
+# best first; "el", "lo" and "s>" tempt a merge in the wrong order, or into the token "<s>"
+SPM_PIECES = (
+    *("he", "ll", "hell", "hello", "▁hello", "▁w", "or", "▁wor", "ld", "▁world"),
+    *("aa", "▁▁", "el", "lo", "s>"),
+)
 
 
 def spm_metadata() -> dict[str, Any]:
