@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlorax.device import executables
 from jlorax.device.executables import ExecutableStore
 from jlorax.device.lora_bank import BankWriter, empty_bank
-from jlorax.device.step import RowState, StepOutput, empty_rows, make_step, step_arguments
+from jlorax.device.step import StepOutput, empty_rows, make_step, step_arguments
 from jlorax.layout import BankLayout, PoolKey, SlotWrite, StepLayout, StepShape
 from jlorax.models.weights import BaseModel
 from jlorax.types import Progress, no_progress
@@ -62,6 +63,12 @@ class Device:
         self._writer = BankWriter(self._bank)
         self.num_compiled = store.num_compiled
         self.num_loaded = store.num_loaded
+        self._compiled_before = executables.num_compiled()
+
+    @property
+    def num_compiled_after_ready(self) -> int:
+        """0, or the promise that no request waits for a compiler is broken."""
+        return executables.num_compiled() - self._compiled_before
 
     def _ready_steps(
         self,
@@ -110,6 +117,3 @@ def empty_kv_pools(model: BaseModel, sizes: DeviceSizes) -> list[jax.Array]:
     s = model.config.shape
     dims = (sizes.num_pages, 2, s.num_kv_heads, sizes.page_size, s.head_dim)
     return [jnp.zeros(dims, model.dtype) for _ in range(s.num_layers)]
-
-
-__all__ = ["Device", "DeviceSizes", "HostOutput", "RowState", "read"]

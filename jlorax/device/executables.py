@@ -25,6 +25,23 @@ from jlorax.types import Progress, no_progress
 _SOURCES = ("models", "device", "layout.py", "../pallas_kernels")
 
 
+_num_compiled = 0
+
+
+def num_compiled() -> int:
+    """Executables that XLA compiled in this process so far."""
+    return _num_compiled
+
+
+def _count_compilation(event: str, duration_s: float, **_: Any) -> None:
+    global _num_compiled
+    if event == "/jax/core/compile/backend_compile_duration":
+        _num_compiled += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count_compilation)
+
+
 class ExecutableStore:
     """A folder of compiled executables. A file that cannot be used is compiled anew, never fatal."""
 

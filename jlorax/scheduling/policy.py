@@ -11,6 +11,7 @@ from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -42,6 +43,19 @@ class Emission:
     logprob: float
     alternatives: tuple[tuple[int, float], ...]
     finish_reason: FinishReason | None
+
+
+class StepResults(Protocol):
+    """What the device chose, an entry per output of the plan."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def logprobs(self) -> np.ndarray: ...
+    @property
+    def top_tokens(self) -> np.ndarray | None: ...
+    @property
+    def top_logprobs(self) -> np.ndarray | None: ...
 
 
 class Policy:
@@ -248,34 +262,23 @@ class Policy:
 
     # ---- results
 
-    def complete(
-        self,
-        plan: StepPlan,
-        tokens: np.ndarray,
-        logprobs: np.ndarray,
-        top_tokens: np.ndarray | None,
-        top_logprobs: np.ndarray | None,
-    ) -> list[Emission]:
+    def complete(self, plan: StepPlan, results: StepResults) -> list[Emission]:
         """Takes a step's outputs; what came for a sequence that is over is thrown away."""
         emissions = []
         for i, sequence in enumerate(plan.outputs):
             sequence.num_in_flight -= 1
             if sequence.is_over:
                 continue
-            token = int(tokens[i])
+            token = int(results.tokens[i])
             sequence.accept(token)
-            wanted = sequence.num_alternatives
-            best: tuple[tuple[int, float], ...] = ()
-            if wanted and top_tokens is not None and top_logprobs is not None:
-                best = tuple(
-                    zip(
-                        top_tokens[i, :wanted].tolist(),
-                        top_logprobs[i, :wanted].tolist(),
-                        strict=True,
-                    )
-                )
             emissions.append(
-                Emission(sequence, token, float(logprobs[i]), best, sequence.finish_reason)
+                Emission(
+                    sequence,
+                    token,
+                    float(results.logprobs[i]),
+                    _alternatives(results, i, sequence.num_alternatives),
+                    sequence.finish_reason,
+                )
             )
         return emissions
 
@@ -287,3 +290,10 @@ class Policy:
         rows = sorted([*self._free_rows, *(s.row for s in self.running if s.row is not None)])
         assert rows == list(range(self.config.max_batch)), rows
         assert all(not s.pages and s.row is None for s in self.waiting)
+
+
+def _alternatives(results: StepResults, i: int, count: int) -> tuple[tuple[int, float], ...]:
+    if not count or results.top_tokens is None or results.top_logprobs is None:
+        return ()
+    tokens, logprobs = results.top_tokens[i, :count], results.top_logprobs[i, :count]
+    return tuple(zip(tokens.tolist(), logprobs.tolist(), strict=True))

@@ -1,0 +1,131 @@
+"""Ingress: checks limits, resolves the adapter, makes tokens, and hands a sequence on."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass
+
+from jlorax.actors.mailbox import Mailbox
+from jlorax.actors.messages import (
+    Admit,
+    CacheMessage,
+    IngressMessage,
+    Resolve,
+    SchedulerMessage,
+    Submit,
+)
+from jlorax.actors.stream import Opened, TokenStream
+from jlorax.errors import InvalidRequest, JLoraxError, PromptTooLong
+from jlorax.scheduling.sequence import Sequence
+from jlorax.tokenizer import Tokenizer
+from jlorax.types import AdapterVersion, GenerateRequest
+
+_INLINE_CHARACTERS = 2_000  # longer prompts are tokenized off the loop: 1 MB takes 300 ms
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``max_seq_len`` tokens, prompt and answer together."""
+
+    max_seq_len: int
+    vocab_size: int
+
+
+class Ingress:
+    """Several workers read one inbox, so that a slow resolve holds up nobody else."""
+
+    NUM_WORKERS = 8
+
+    def __init__(
+        self,
+        inbox: Mailbox[IngressMessage],
+        cache: Mailbox[CacheMessage],
+        scheduler: Mailbox[SchedulerMessage],
+        tokenizer: Tokenizer,
+        limits: Limits,
+    ) -> None:
+        self._inbox = inbox
+        self._cache = cache
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+        self._limits = limits
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as workers:
+            for _ in range(self.NUM_WORKERS):
+                workers.create_task(self._work())
+
+    async def _work(self) -> None:
+        while True:
+            message = await anext(self._inbox)
+            await self._submit(message)
+
+    async def _submit(self, message: Submit) -> None:
+        """Always answers: a sequence for the scheduler, or an error on the stream."""
+        stream = message.stream
+        if stream.is_cancelled:
+            return
+        try:
+            sequence = await self._prepare(message.request, stream)
+        except JLoraxError as error:
+            stream.fail(error)
+            return
+        stream.put(Opened(sequence.prompt, sequence.seed, sequence.arrival_s))
+        await self._scheduler.put(Admit(sequence))
+
+    async def _prepare(self, request: GenerateRequest, stream: TokenStream) -> Sequence:
+        arrival_s = time.monotonic()
+        version = await self._resolve(request)
+        prompt = await self._tokens(request)
+        max_new_tokens = self._fit(prompt, request.max_new_tokens)
+        seed = request.sampling.seed
+        eos = () if request.ignore_eos else self._tokenizer.eos_token_ids
+        return Sequence(
+            prompt=prompt,
+            sampling=request.sampling,
+            seed=secrets.randbits(63) if seed is None else seed,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=frozenset((*request.stop_token_ids, *eos)),
+            version=version,
+            num_alternatives=request.num_top_logprobs,
+            stream=stream,
+            arrival_s=arrival_s,
+        )
+
+    async def _resolve(self, request: GenerateRequest) -> AdapterVersion | None:
+        if request.adapter_id is None:
+            return None
+        reply: asyncio.Future[AdapterVersion] = asyncio.get_running_loop().create_future()
+        await self._cache.put(
+            Resolve(request.tenant, request.adapter_id, request.adapter_source, reply)
+        )
+        return await reply
+
+    async def _tokens(self, request: GenerateRequest) -> tuple[int, ...]:
+        if isinstance(request.prompt, tuple):
+            ids = list(request.prompt)
+            self._check_ids(ids)
+        elif len(request.prompt) <= _INLINE_CHARACTERS:
+            ids = self._tokenizer.encode(request.prompt, request.add_special_tokens)
+        else:
+            ids = await asyncio.to_thread(
+                self._tokenizer.encode, request.prompt, request.add_special_tokens
+            )
+        if not ids:
+            raise InvalidRequest("the prompt is empty")
+        return tuple(ids if request.truncate is None else ids[-request.truncate :])
+
+    def _check_ids(self, ids: list[int]) -> None:
+        vocab_size = self._limits.vocab_size
+        wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+        if wrong is not None:
+            raise InvalidRequest(f"token id {wrong} is outside the vocabulary of {vocab_size}")
+
+    def _fit(self, prompt: tuple[int, ...], max_new_tokens: int | None) -> int:
+        room = self._limits.max_seq_len - len(prompt)
+        wanted = max(1, room) if max_new_tokens is None else max_new_tokens
+        if wanted > room:
+            raise PromptTooLong(len(prompt), wanted, self._limits.max_seq_len)
+        return wanted

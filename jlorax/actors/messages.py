@@ -1,0 +1,156 @@
+"""What actors send each other: frozen, and the only thing they share."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from jlorax.actors.stream import TokenStream
+from jlorax.adapters.pack import PackedAdapter
+from jlorax.device.device import HostOutput
+from jlorax.errors import JLoraxError
+from jlorax.layout import SlotWrite
+from jlorax.scheduling.sequence import Sequence
+from jlorax.scheduling.step_plan import StepPlan
+from jlorax.types import AdapterInfo, AdapterVersion, GenerateRequest, Tier
+
+# ---- to ingress
+
+
+@dataclass(frozen=True)
+class Submit:
+    request: GenerateRequest
+    stream: TokenStream
+
+
+# ---- to the scheduler
+
+
+@dataclass(frozen=True)
+class Admit:
+    sequence: Sequence
+
+
+@dataclass(frozen=True)
+class Wake:
+    """A stream's cancel flag was raised; the flag itself says which."""
+
+
+@dataclass(frozen=True)
+class StepDone:
+    plan: StepPlan
+    output: HostOutput
+
+
+@dataclass(frozen=True)
+class AdapterReady:
+    version: AdapterVersion
+    slot: int
+
+
+@dataclass(frozen=True)
+class AdapterWaits:
+    """Its weights are in RAM and every slot or page it needs is pinned."""
+
+    version: AdapterVersion
+
+
+@dataclass(frozen=True)
+class AdapterFailed:
+    version: AdapterVersion
+    error: JLoraxError
+
+
+# ---- to the runner
+
+
+@dataclass(frozen=True)
+class RunStep:
+    plan: StepPlan
+
+
+@dataclass(frozen=True)
+class WriteSlot:
+    write: SlotWrite
+
+
+@dataclass(frozen=True)
+class DeviceFault:
+    error: Exception
+
+
+# ---- to the cache
+
+
+@dataclass(frozen=True)
+class Resolve:
+    tenant: str
+    adapter_id: str
+    source: str | None
+    reply: asyncio.Future[AdapterVersion]
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    version: AdapterVersion
+
+
+@dataclass(frozen=True)
+class Acquire:
+    version: AdapterVersion
+
+
+@dataclass(frozen=True)
+class Release:
+    version: AdapterVersion
+
+
+@dataclass(frozen=True)
+class Loaded:
+    version: AdapterVersion
+    packed: PackedAdapter
+    tier: Tier
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    version: AdapterVersion
+    error: JLoraxError
+
+
+@dataclass(frozen=True)
+class LoadAdapter:
+    tenant: str
+    adapter_id: str
+    folder: str
+    reply: asyncio.Future[AdapterInfo]
+
+
+@dataclass(frozen=True)
+class UnloadAdapter:
+    tenant: str
+    adapter_id: str
+    force: bool
+    reply: asyncio.Future[None]
+
+
+@dataclass(frozen=True)
+class ListAdapters:
+    tenant: str
+    reply: asyncio.Future[list[AdapterInfo]]
+
+
+IngressMessage = Submit
+SchedulerMessage = Admit | Wake | StepDone | AdapterReady | AdapterWaits | AdapterFailed
+RunnerMessage = RunStep | WriteSlot | DeviceFault
+CacheMessage = (
+    Resolve
+    | Prefetch
+    | Acquire
+    | Release
+    | Loaded
+    | LoadFailed
+    | LoadAdapter
+    | UnloadAdapter
+    | ListAdapters
+)

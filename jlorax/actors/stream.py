@@ -1,0 +1,66 @@
+"""A request's token stream: opened by ingress, written by the scheduler, read by one handler."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+from jlorax.errors import JLoraxError
+from jlorax.types import FinishReason
+
+
+@dataclass(frozen=True)
+class Opened:
+    """First item: what the prompt came to. ``seed`` is the one in use."""
+
+    prompt: tuple[int, ...]
+    seed: int
+    queue_start_s: float
+
+
+@dataclass(frozen=True)
+class StreamToken:
+    token: int
+    logprob: float
+    alternatives: tuple[tuple[int, float], ...]
+    finish_reason: FinishReason | None
+
+
+Item = Opened | StreamToken
+
+
+class TokenStream:
+    """Holds at most one answer, so writing never waits. ``is_cancelled`` is read by every stop."""
+
+    def __init__(self) -> None:
+        self.is_cancelled = False
+        self._items: deque[Item | JLoraxError] = deque()
+        self._ready = asyncio.Event()
+        self._ended = False
+
+    @property
+    def is_ended(self) -> bool:
+        return self._ended
+
+    def put(self, item: Item) -> None:
+        self._items.append(item)
+        self._ended = isinstance(item, StreamToken) and item.finish_reason is not None
+        self._ready.set()
+
+    def fail(self, error: JLoraxError) -> None:
+        """Ends the stream with an error, unless it ended already."""
+        if not self._ended:
+            self._ended = True
+            self._items.append(error)
+            self._ready.set()
+
+    async def get(self) -> Item:
+        """The next item; raises the error that ended the stream."""
+        while not self._items:
+            self._ready.clear()
+            await self._ready.wait()
+        item = self._items.popleft()
+        if isinstance(item, JLoraxError):
+            raise item
+        return item

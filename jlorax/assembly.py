@@ -1,0 +1,253 @@
+"""From a configuration to the parts of an engine: model, device, tiers, books. Blocking, plain.
+
+``plan_memory`` alone says what would be taken, without loading anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from jlorax.actors.ingress import Limits
+from jlorax.adapters.disk_tier import DiskTier
+from jlorax.adapters.host_tier import HostTier
+from jlorax.adapters.loader import Loader
+from jlorax.adapters.pack import PackedAdapter
+from jlorax.adapters.placement import share_bank
+from jlorax.adapters.registry import AdapterRecord, Registry
+from jlorax.adapters.slots import SlotTable
+from jlorax.config import EngineConfig
+from jlorax.device.device import Device, DeviceSizes
+from jlorax.errors import ConfigError, ModelInvalid
+from jlorax.layout import ITEM_BYTES, BankLayout, PoolKey, StepShape
+from jlorax.metrics import Metrics
+from jlorax.models.config import ModelConfig, read_config
+from jlorax.models.embedded import EMBEDDED_MODEL_ID, ensure_embedded_model
+from jlorax.models.gguf import prepared_folder
+from jlorax.models.weights import load_model, weight_bytes
+from jlorax.scheduling.policy import Policy, PolicyConfig
+from jlorax.tokenizer import Tokenizer
+from jlorax.types import ModelInfo, Progress, no_progress
+
+_DEFAULT_MAX_SEQ_LEN = 8192
+_EMPTY_POOL_SHARE = 8  # by default the pool holds max_batch sequences of 1/8 of the context
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything an engine is made of, before its actors run."""
+
+    config: EngineConfig
+    model_info: ModelInfo
+    tokenizer: Tokenizer
+    limits: Limits
+    device: Device
+    policy: Policy
+    registry: Registry
+    loader: Loader
+    host_tier: HostTier[PackedAdapter]
+    slots: SlotTable
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes and counts, as ``--dry-run`` prints them."""
+
+    weight_bytes: int
+    kv_bytes: int
+    num_pages: int
+    page_size: int
+    max_seq_len: int
+    bank_bytes: int
+    max_slots: int
+    pool_pages: Mapping[PoolKey, int]
+    host_cache_bytes: int
+    disk_cache_bytes: int
+    shapes: tuple[StepShape, ...]
+
+
+def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
+    """Loads everything. Raises ConfigError or ModelInvalid with the reason."""
+    folder, model_id = find_model(config, progress)
+    model_config = read_config(folder)
+    progress("loading tokenizer", 0.0)
+    tokenizer = Tokenizer.load(folder)
+    registry = build_registry(config, model_id)
+    layout = bank_layout(config, model_config)
+    plan = plan_memory(config, model_config, registry, layout)
+    disk = _disk_tier(config)
+    model = load_model(folder, model_config, config.model.dtype, progress)
+    sizes = DeviceSizes(
+        max_batch=config.scheduler.max_batch,
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        max_pages_per_sequence=-(-plan.max_seq_len // plan.page_size),
+        num_slots=plan.max_slots,
+        pool_pages=plan.pool_pages,
+    )
+    device = Device(model, layout, sizes, plan.shapes, config.executable_dir, progress)
+    return Parts(
+        config=config,
+        model_info=_model_info(config, model_config, model_id, plan, tokenizer),
+        tokenizer=tokenizer,
+        limits=Limits(plan.max_seq_len, model_config.shape.vocab_size),
+        device=device,
+        policy=Policy(_policy_config(config, sizes, plan)),
+        registry=registry,
+        loader=Loader(layout, disk),
+        host_tier=HostTier(config.adapters.host_cache_bytes),
+        slots=SlotTable(plan.max_slots, plan.pool_pages),
+        metrics=Metrics(),
+    )
+
+
+def find_model(config: EngineConfig, progress: Progress = no_progress) -> tuple[Path, str]:
+    """(folder in Hugging Face's layout, the name clients use)."""
+    model = config.model.model
+    if model is None:
+        return ensure_embedded_model(
+            config.cache_dir, progress
+        ), config.model_id or EMBEDDED_MODEL_ID
+    path = Path(model).expanduser()
+    name = config.model_id or path.stem if path.suffix == ".gguf" else config.model_id or path.name
+    if path.is_dir():
+        return path, name
+    if path.is_file():
+        return prepared_folder(path, config.cache_dir, progress), name
+    if _looks_like_hub_id(model):
+        return _from_hub(model, progress), config.model_id or model
+    raise ModelInvalid(f"{model}: no such folder or GGUF file, and not a hub id (org/name)")
+
+
+def _looks_like_hub_id(model: str) -> bool:
+    parts = model.split("/")
+    return len(parts) == 2 and all(parts) and not model.startswith((".", "~", "/"))
+
+
+def _from_hub(model: str, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+
+    progress(f"fetching {model}", 0.0)
+    try:
+        found = snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model"])
+    except Exception as error:  # the hub's client raises many kinds; all mean: not to be had
+        raise ModelInvalid(f"{model}: cannot be fetched from the hub: {error}") from error
+    return Path(found)
+
+
+def bank_layout(config: EngineConfig, model: ModelConfig) -> BankLayout:
+    return BankLayout(model.projections(), config.model.dtype, config.adapters.max_rank)
+
+
+def build_registry(config: EngineConfig, model_id: str) -> Registry:
+    """Names from the configuration. A named adapter that cannot be read stops the start."""
+    root = config.adapters.root
+    if root is not None and not root.is_dir():
+        raise ConfigError(f"adapter_root {root} is not a folder")
+    registry = Registry(root, model_id, config.adapters.max_rank)
+    for name, folder in config.adapters.named:
+        registry.register(name, folder)
+    return registry
+
+
+def plan_memory(
+    config: EngineConfig, model: ModelConfig, registry: Registry, layout: BankLayout
+) -> MemoryPlan:
+    shape, kv, adapters = model.shape, config.kv, config.adapters
+    max_seq_len = _max_seq_len(config, model)
+    item = ITEM_BYTES[config.model.dtype]
+    per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item
+    page_bytes = per_token * kv.page_size
+    pages_per_sequence = -(-max_seq_len // kv.page_size)
+    if kv.cache_bytes is None:
+        share = -(-pages_per_sequence // _EMPTY_POOL_SHARE)
+        num_pages = max(pages_per_sequence, config.scheduler.max_batch * share) + 1
+    else:
+        num_pages = kv.cache_bytes // page_bytes
+    if num_pages < 2:
+        raise ConfigError(
+            f"kv_cache_bytes is {kv.cache_bytes}; two pages of {kv.page_size} tokens take "
+            f"{2 * page_bytes}"
+        )
+    known = [_known_ranks(record, layout) for record in registry.list()]
+    pool_pages = share_bank(layout, adapters.bank_bytes, known)
+    return MemoryPlan(
+        weight_bytes=weight_bytes(model, config.model.dtype),
+        kv_bytes=num_pages * page_bytes,
+        num_pages=num_pages,
+        page_size=kv.page_size,
+        max_seq_len=min(max_seq_len, (num_pages - 1) * kv.page_size),
+        bank_bytes=sum(layout.page_bytes(pool) * count for pool, count in pool_pages.items()),
+        max_slots=adapters.max_slots,
+        pool_pages=pool_pages,
+        host_cache_bytes=adapters.host_cache_bytes,
+        disk_cache_bytes=adapters.disk_cache_bytes if adapters.disk_dir else 0,
+        shapes=step_shapes(config),
+    )
+
+
+def step_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
+    """Every executable: decode steps by batch, extend steps by tokens."""
+    steps = config.steps
+    return (
+        *(StepShape(b, 1, b, False) for b in steps.greedy_buckets),
+        *(StepShape(b, 1, b, True) for b in steps.sampling_buckets),
+        *(StepShape(t, steps.tile, t // steps.tile, True) for t in steps.extend_buckets),
+    )
+
+
+def _max_seq_len(config: EngineConfig, model: ModelConfig) -> int:
+    trained = model.shape.max_seq_len
+    wanted = config.kv.max_seq_len
+    if wanted is None:
+        return min(trained, _DEFAULT_MAX_SEQ_LEN)
+    if wanted > trained:
+        raise ConfigError(f"max_seq_len is {wanted}; the model was made for at most {trained}")
+    return wanted
+
+
+def _known_ranks(record: AdapterRecord, layout: BankLayout) -> dict[str, int]:
+    """What an adapter will ask of the pools, from its config alone."""
+    named = [name for name in record.target_modules if name in layout.index]
+    every = [p.name for p in layout.projections if p.name != "lm_head"]
+    return dict.fromkeys(named or every, min(record.rank, layout.max_rank))
+
+
+def _disk_tier(config: EngineConfig) -> DiskTier | None:
+    adapters = config.adapters
+    if adapters.disk_dir is None:
+        return None
+    return DiskTier(adapters.disk_dir, adapters.disk_cache_bytes)
+
+
+def _policy_config(config: EngineConfig, sizes: DeviceSizes, plan: MemoryPlan) -> PolicyConfig:
+    return PolicyConfig(
+        shapes=plan.shapes,
+        max_batch=sizes.max_batch,
+        num_pages=sizes.num_pages,
+        page_size=sizes.page_size,
+        max_pages_per_sequence=sizes.max_pages_per_sequence,
+        num_slots=sizes.num_slots,
+        max_overtake_s=config.scheduler.max_overtake_s,
+    )
+
+
+def _model_info(
+    config: EngineConfig, model: ModelConfig, model_id: str, plan: MemoryPlan, tokenizer: Tokenizer
+) -> ModelInfo:
+    return ModelInfo(
+        model_id=model_id,
+        architecture=type(model).__name__.removesuffix("Config").lower(),
+        dtype=config.model.dtype,
+        device=jax.devices()[0].device_kind,
+        vocab_size=model.shape.vocab_size,
+        max_seq_len=plan.max_seq_len,
+        max_batch=config.scheduler.max_batch,
+        max_rank=config.adapters.max_rank,
+        max_slots=plan.max_slots,
+        eos_token_ids=tokenizer.eos_token_ids,
+    )

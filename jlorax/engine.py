@@ -1,0 +1,285 @@
+"""The engine: builds the actors in one TaskGroup, and is the only door to them.
+
+generate -> ingress -> scheduler <-> runner
+               |           ^ |
+               +--> cache -+-+--> (slots' writes) runner
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from jlorax.actors.cache import Cache
+from jlorax.actors.ingress import Ingress
+from jlorax.actors.mailbox import Mailbox
+from jlorax.actors.messages import (
+    CacheMessage,
+    IngressMessage,
+    ListAdapters,
+    LoadAdapter,
+    RunnerMessage,
+    SchedulerMessage,
+    Submit,
+    UnloadAdapter,
+    Wake,
+)
+from jlorax.actors.runner import Runner
+from jlorax.actors.scheduler import MAX_STEPS_IN_FLIGHT, Scheduler
+from jlorax.actors.stream import Opened, StreamToken, TokenStream
+from jlorax.assembly import Parts, assemble
+from jlorax.config import EngineConfig
+from jlorax.errors import JLoraxError, Overloaded, Unavailable
+from jlorax.metrics import Metrics
+from jlorax.scheduling.policy import Policy
+from jlorax.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
+from jlorax.types import (
+    AdapterInfo,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    GenerateResult,
+    ModelInfo,
+    Progress,
+    Token,
+    TokenAlternative,
+    TokenEvent,
+    no_progress,
+)
+
+T = TypeVar("T")
+log = logging.getLogger("jlorax.engine")
+
+
+class Engine:
+    """Many adapters over one base model. ``await Engine.start(config)``, then ``async with``."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.model_info: ModelInfo = parts.model_info
+        self.tokenizer: Tokenizer = parts.tokenizer
+        self._parts = parts
+        self._metrics: Metrics = parts.metrics
+        self._policy: Policy = parts.policy
+        self._ingress: Mailbox[IngressMessage] = Mailbox(parts.config.scheduler.max_queued)
+        self._scheduler: Mailbox[SchedulerMessage] = Mailbox(parts.config.scheduler.max_queued)
+        self._cache: Mailbox[CacheMessage] = Mailbox(parts.config.scheduler.max_queued)
+        self._runner: Mailbox[RunnerMessage] = Mailbox(2 * MAX_STEPS_IN_FLIGHT)
+        self._streams: set[TokenStream] = set()
+        self._max_open = parts.config.scheduler.max_queued + parts.config.scheduler.max_batch
+        self._state = "starting"
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._life: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(cls, config: EngineConfig, progress: Progress = no_progress) -> Engine:
+        """Loads the model and readies every executable off the loop, then starts the actors."""
+        parts = await asyncio.to_thread(assemble, config, progress)
+        engine = cls(parts)
+        engine._life = asyncio.create_task(engine._live(), name="jlorax-engine")
+        engine._state = "ready"
+        return engine
+
+    async def __aenter__(self) -> Engine:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+    async def _live(self) -> None:
+        """Wholly alive or wholly dead: a fault of an actor ends them all, and every stream."""
+        parts = self._parts
+        ingress = Ingress(self._ingress, self._cache, self._scheduler, self.tokenizer, parts.limits)
+        scheduler = Scheduler(
+            self._scheduler, self._cache, self._runner, self._policy, self._metrics
+        )
+        cache = Cache(
+            self._cache,
+            self._scheduler,
+            self._runner,
+            parts.registry,
+            parts.loader,
+            parts.host_tier,
+            parts.slots,
+            self._metrics,
+        )
+        runner = Runner(self._runner, self._scheduler, parts.device)
+        try:
+            async with asyncio.TaskGroup() as actors:
+                for actor in (ingress, scheduler, cache, runner):
+                    actors.create_task(actor.run(), name=type(actor).__name__)
+        except* Exception as faults:
+            for fault in faults.exceptions:
+                log.error("the engine died", exc_info=fault)
+        finally:
+            self._state = "dead"
+            self._end_streams(Unavailable("the engine has stopped"))
+
+    def _end_streams(self, error: JLoraxError) -> None:
+        for stream in list(self._streams):
+            stream.fail(error)
+
+    async def stop(self) -> None:
+        """Ends the actors at once; open streams get Unavailable."""
+        if self._life is not None:
+            self._life.cancel()
+            await asyncio.wait([self._life])
+
+    async def drain(self) -> None:
+        """No new requests; returns when the running ones are answered."""
+        if self._state == "ready":
+            self._state = "draining"
+        await self._idle.wait()
+
+    # ---- requests
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
+        """Yields a token at a time; the last event carries the whole result.
+
+        Closing the iterator cancels the request within a step. Raises a JLoraxError.
+        """
+        stream = self._open(request)
+        try:
+            async for event in _Answer(self, request, stream).events():
+                yield event
+        except JLoraxError as error:
+            self._metrics.failed(error.code)
+            raise
+        finally:
+            self._close(stream)
+
+    def _open(self, request: GenerateRequest) -> TokenStream:
+        self._check_alive()
+        if len(self._streams) >= self._max_open:
+            raise Overloaded(f"{len(self._streams)} requests are open, as many as are allowed")
+        stream = TokenStream()
+        if not self._ingress.try_put(Submit(request, stream)):
+            raise Overloaded(f"{len(self._ingress)} requests wait to be admitted")
+        self._streams.add(stream)
+        self._idle.clear()
+        return stream
+
+    def _close(self, stream: TokenStream) -> None:
+        self._streams.discard(stream)
+        if not self._streams:
+            self._idle.set()
+        if not stream.is_ended:
+            stream.is_cancelled = True
+            self._scheduler.post(Wake())
+
+    def _check_alive(self) -> None:
+        if self._state != "ready":
+            raise Unavailable(f"the engine is {self._state}")
+
+    # ---- adapters
+
+    async def load_adapter(
+        self, adapter_id: str, folder: str, tenant: str = "default"
+    ) -> AdapterInfo:
+        """Registers a folder under the adapter root and reads it into RAM."""
+        reply: asyncio.Future[AdapterInfo] = asyncio.get_running_loop().create_future()
+        return await self._ask(LoadAdapter(tenant, adapter_id, folder, reply), reply)
+
+    async def unload_adapter(
+        self, adapter_id: str, tenant: str = "default", force: bool = False
+    ) -> None:
+        """Forgets a registered name and frees its memory; AdapterConflict while it is in use."""
+        reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        return await self._ask(UnloadAdapter(tenant, adapter_id, force, reply), reply)
+
+    async def adapters(self, tenant: str = "default") -> list[AdapterInfo]:
+        reply: asyncio.Future[list[AdapterInfo]] = asyncio.get_running_loop().create_future()
+        return await self._ask(ListAdapters(tenant, reply), reply)
+
+    async def _ask(self, message: CacheMessage, reply: asyncio.Future[T]) -> T:
+        """The cache's answer, or Unavailable when it dies first."""
+        if self._life is None or self._life.done():
+            raise Unavailable("the engine has stopped")
+        await self._cache.put(message)
+        await asyncio.wait([reply, self._life], return_when=asyncio.FIRST_COMPLETED)
+        if not reply.done():
+            raise Unavailable("the engine has stopped")
+        return reply.result()
+
+    # ---- what it does
+
+    def stats(self) -> EngineStats:
+        policy, slots = self._policy, self._parts.slots
+        return EngineStats(
+            state=self._state,
+            num_queued=len(self._ingress) + len(policy.waiting),
+            num_running=len(policy.running),
+            free_pages=policy.pool.num_free,
+            total_pages=policy.pool.num_usable,
+            pinned_slots=slots.num_pinned,
+            used_slots=len(slots.versions),
+            executables_compiled_after_ready=self._parts.device.num_compiled_after_ready,
+        )
+
+    def metrics(self) -> bytes:
+        """Prometheus exposition text."""
+        return self._metrics.render(self.stats())
+
+
+@dataclass
+class _Answer:
+    """One request's answer as it grows: ids to text, stop strings, times."""
+
+    engine: Engine
+    request: GenerateRequest
+    stream: TokenStream
+
+    async def events(self) -> AsyncIterator[TokenEvent]:
+        opened = await self.stream.get()
+        assert isinstance(opened, Opened)
+        tokenizer, metrics = self.engine.tokenizer, self.engine._metrics
+        detokenizer = IncrementalDetokenizer(tokenizer, opened.prompt)
+        matcher = StopMatcher(self.request.stop, self.request.include_stop_text)
+        tokens: list[Token] = []
+        first_token_s = 0.0
+        reason: FinishReason | None = None
+        while reason is None:
+            item = await self.stream.get()
+            assert isinstance(item, StreamToken)
+            if not tokens:
+                first_token_s = time.monotonic() - opened.queue_start_s
+                metrics.first_token(first_token_s)
+            reason = item.finish_reason
+            text = matcher.push(detokenizer.push(item.token))
+            if reason is not None and matcher.matched is None:
+                text += matcher.push(detokenizer.finish())
+                text += matcher.finish()
+            if matcher.matched is not None:
+                reason = FinishReason.STOP_SEQUENCE
+            tokens.append(self._token(item, text))
+            if reason is None:
+                yield TokenEvent(tokens[-1], len(tokens) - 1)
+        total_s = time.monotonic() - opened.queue_start_s
+        metrics.finished(reason, len(opened.prompt), len(tokens), total_s)
+        result = GenerateResult(
+            text="".join(token.text for token in tokens),
+            finish_reason=reason,
+            tokens=tuple(tokens),
+            prompt_token_ids=opened.prompt,
+            seed=opened.seed if self.request.sampling.temperature > 0 else None,
+            time_to_first_token_s=first_token_s,
+            total_s=total_s,
+        )
+        yield TokenEvent(tokens[-1], len(tokens) - 1, result)
+
+    def _token(self, item: StreamToken, text: str) -> Token:
+        tokenizer = self.engine.tokenizer
+        return Token(
+            id=item.token,
+            text=text,
+            logprob=item.logprob,
+            special=tokenizer.is_special(item.token),
+            alternatives=tuple(
+                TokenAlternative(i, tokenizer.token_text(i), logprob)
+                for i, logprob in item.alternatives
+            ),
+        )
