@@ -62,8 +62,6 @@ def read_file(
     descriptor = _open(path, name, adapter_id)
     with os.fdopen(descriptor, "rb") as file:
         before = os.fstat(descriptor)
-        if not stat.S_ISREG(before.st_mode):
-            raise AdapterInvalid(adapter_id, name, _not_regular(before.st_mode))
         if before.st_size > max_bytes:
             raise AdapterInvalid(
                 adapter_id,
@@ -124,9 +122,14 @@ def _open(path: Path, name: str, adapter_id: str) -> int:
     # O_NONBLOCK: opening a fifo without a writer would wait forever.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        return os.open(path, flags)
+        descriptor = os.open(path, flags)
     except OSError as error:
         raise AdapterInvalid(adapter_id, name, f"cannot be read: {error.strerror}") from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise AdapterInvalid(adapter_id, name, _not_regular(mode))
+    return descriptor
 
 
 def _not_regular(mode: int) -> str:

@@ -32,6 +32,8 @@ _MAX_NAMED = 4  # names shown in one message
 # part of a key -> the feature that stores such keys
 _FEATURE_KEYS = {
     "lora_embedding_": ("LoRA on embeddings", "only linear layers are adapted here"),
+    "embed_tokens": ("LoRA on embeddings", "only linear layers are adapted here"),
+    "word_embeddings": ("LoRA on embeddings", "only linear layers are adapted here"),
     "lora_magnitude_vector": ("DoRA", "it rescales the base weights' columns"),
     "modules_to_save": ("modules_to_save", "it replaces whole modules of the base model"),
     "trainable_tokens": ("trainable_token_indices", "it changes the embeddings"),
@@ -251,6 +253,6 @@ def _size(shape: tuple[Any, ...]) -> str:
 
 
 def _names(names: Iterable[str]) -> str:
-    listed = [name[:200] for name in names]
+    listed = [name[:200] if name.isprintable() else repr(name[:200]) for name in names]
     more = f" and {len(listed) - _MAX_NAMED} more" if len(listed) > _MAX_NAMED else ""
     return ", ".join(listed[:_MAX_NAMED]) + more

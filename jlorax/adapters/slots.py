@@ -1,0 +1,166 @@
+"""The bank's bookkeeping: which version has which slot and which pages, and who must go.
+
+slot   0 .. max_slots - 1, one per resident adapter
+page   1 .. n - 1 of each pool; page 0 is the zero page and is never dealt
+pinned by a count: a version that a running request names is never evicted
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from jlorax.errors import ConfigError
+from jlorax.layout import ZERO_PAGE, PoolKey
+from jlorax.types import AdapterVersion
+
+Need = Mapping[PoolKey, int]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where an adapter lives. ``evicted``: who made room for it, for the owner's books."""
+
+    slot: int
+    pages: Mapping[PoolKey, tuple[int, ...]]
+    evicted: tuple[AdapterVersion, ...] = ()
+
+
+@dataclass
+class _Resident:
+    assignment: Assignment
+    num_pins: int = 0
+
+
+class SlotTable:
+    """Slots and pages of one bank. ``pool_pages`` counts the zero page of each pool too."""
+
+    def __init__(self, max_slots: int, pool_pages: Mapping[PoolKey, int]) -> None:
+        if max_slots < 1:
+            raise ConfigError(f"max_slots is {max_slots}, must be at least 1")
+        self.max_slots = max_slots
+        self.pool_pages = dict(pool_pages)
+        self.evictions = 0
+        self._free_slots = list(reversed(range(max_slots)))
+        self._free_pages = {
+            pool: list(reversed(range(ZERO_PAGE + 1, count))) for pool, count in pool_pages.items()
+        }
+        # From the least to the most recently used.
+        self._residents: OrderedDict[AdapterVersion, _Resident] = OrderedDict()
+
+    @property
+    def versions(self) -> tuple[AdapterVersion, ...]:
+        """Resident ones, from the least to the most recently used."""
+        return tuple(self._residents)
+
+    @property
+    def num_pinned(self) -> int:
+        """Resident adapters that may not go."""
+        return sum(resident.num_pins > 0 for resident in self._residents.values())
+
+    def free_pages(self) -> dict[PoolKey, int]:
+        return {pool: len(pages) for pool, pages in self._free_pages.items()}
+
+    def can_ever_fit(self, need: Need) -> bool:
+        """Whether an empty bank would hold it."""
+        return all(count < self.pool_pages.get(pool, 1) for pool, count in need.items())
+
+    def lookup(self, version: AdapterVersion) -> Assignment | None:
+        """Where it lives, and it counts as used now. None: not resident."""
+        resident = self._residents.get(version)
+        if resident is None:
+            return None
+        self._residents.move_to_end(version)
+        return resident.assignment
+
+    def assign(self, version: AdapterVersion, need: Need) -> Assignment | None:
+        """Gives it a slot and pages, evicting the least recently used that are not pinned.
+
+        None, and nothing changed: too much is pinned, wait for a release.
+        """
+        if version in self._residents:
+            raise ValueError(f"{version} is resident already")
+        victims = self._victims(need)
+        if victims is None:
+            return None
+        for victim in victims:
+            self.evict(victim)
+            self.evictions += 1
+        pages = {pool: self._take(pool, count) for pool, count in need.items() if count}
+        assignment = Assignment(self._free_slots.pop(), pages, victims)
+        self._residents[version] = _Resident(assignment)
+        return assignment
+
+    def pin(self, version: AdapterVersion) -> None:
+        self._residents[version].num_pins += 1
+
+    def release(self, version: AdapterVersion) -> None:
+        resident = self._residents[version]
+        if resident.num_pins == 0:
+            raise ValueError(f"{version} is not pinned")
+        resident.num_pins -= 1
+
+    def num_pins(self, version: AdapterVersion) -> int:
+        resident = self._residents.get(version)
+        return resident.num_pins if resident else 0
+
+    def evict(self, version: AdapterVersion) -> None:
+        """Takes back its slot and pages."""
+        resident = self._residents[version]
+        if resident.num_pins:
+            raise ValueError(f"{version} has {resident.num_pins} pins")
+        del self._residents[version]
+        self._free_slots.append(resident.assignment.slot)
+        for pool, pages in resident.assignment.pages.items():
+            self._free_pages[pool].extend(reversed(pages))
+
+    def check(self) -> None:
+        """Every slot and page is free or owned by one, and page 0 by none."""
+        owned = [resident.assignment for resident in self._residents.values()]
+        slots = self._free_slots + [a.slot for a in owned]
+        assert sorted(slots) == list(range(self.max_slots)), slots
+        for pool, count in self.pool_pages.items():
+            pages = self._free_pages[pool] + [p for a in owned for p in a.pages.get(pool, ())]
+            assert sorted(pages) == list(range(ZERO_PAGE + 1, count)), (pool, sorted(pages))
+        assert all(resident.num_pins >= 0 for resident in self._residents.values())
+
+    def _victims(self, need: Need) -> tuple[AdapterVersion, ...] | None:
+        """The oldest unpinned that have to go, and no more than needed. None: not enough."""
+        if not self.can_ever_fit(need):
+            return None
+        missing = self._missing(need, ())
+        victims: list[AdapterVersion] = []
+        for version, resident in self._residents.items():
+            if not missing:
+                break
+            if not resident.num_pins and self._helps(version, missing):
+                victims.append(version)
+                missing = self._missing(need, victims)
+        if missing:
+            return None
+        # A later, larger victim may have made an earlier one needless; spare the most recent first.
+        for version in reversed(victims.copy()):
+            others = [v for v in victims if v != version]
+            if not self._missing(need, others):
+                victims = others
+        return tuple(victims)
+
+    def _missing(self, need: Need, victims: Iterable[AdapterVersion]) -> dict[PoolKey | None, int]:
+        """What would still be short after these go; the key None stands for the slot."""
+        gone = [self._residents[version].assignment for version in victims]
+        short: dict[PoolKey | None, int] = {}
+        if not self._free_slots and not gone:
+            short[None] = 1
+        for pool, count in need.items():
+            free = len(self._free_pages[pool]) + sum(len(a.pages.get(pool, ())) for a in gone)
+            if count > free:
+                short[pool] = count - free
+        return short
+
+    def _helps(self, version: AdapterVersion, missing: Mapping[PoolKey | None, int]) -> bool:
+        pages = self._residents[version].assignment.pages
+        return any(pool is None or pages.get(pool) for pool in missing)
+
+    def _take(self, pool: PoolKey, count: int) -> tuple[int, ...]:
+        return tuple(self._free_pages[pool].pop() for _ in range(count))
