@@ -133,7 +133,7 @@ def _refusal_text(request: web.Request, refusal: web.HTTPException) -> str:
 
 def _log_request(request: web.Request, status: int, took_s: float) -> None:
     """One line, without text: the route's pattern rather than the path, which a client makes."""
-    notes: RequestNotes = request[NOTES]
+    notes = request[NOTES]
     resource = request.match_info.route.resource
     log.info(
         "%s %s %d %.1f ms adapter=%s prompt_tokens=%d generated_tokens=%d%s",

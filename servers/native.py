@@ -15,8 +15,8 @@ from jlorax.wire.fields import MAX_STOP_SEQUENCES
 from jlorax.wire.native import parse_native, parse_tokenize, render_event, render_result
 from servers.failures import error_body, unexpected
 from servers.serving import (
-    CONFIG,
     ENGINE,
+    SSE_COMMENT,
     answer_headers,
     answers,
     common_headers,
@@ -146,7 +146,7 @@ async def _stream(request: web.Request, call: Call) -> web.StreamResponse:
     engine = request.app[ENGINE]
     headers = common_headers(engine, call)
     call = await tokenized(engine, call)
-    async with sse_stream(request, headers, request.app[CONFIG].keep_alive_s) as stream:
+    async with sse_stream(request, headers, request.app[SSE_COMMENT]) as stream:
         try:
             await _send_events(request, call, stream)
         except ConnectionError:

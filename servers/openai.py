@@ -19,8 +19,8 @@ from jlorax.wire.fields import checked_adapter_id
 from servers.failures import error_body, unexpected
 from servers.native import server_version
 from servers.serving import (
-    CONFIG,
     ENGINE,
+    SSE_COMMENT,
     ServedEngine,
     answer_headers,
     answers,
@@ -107,7 +107,7 @@ async def _answer(request: web.Request, call: Call, chat: bool) -> web.StreamRes
 
 async def _stream(request: web.Request, show: _Show, headers: dict[str, str]) -> web.StreamResponse:
     """An error after the first chunk is a last ``data: {"error"}``, without [DONE]."""
-    async with sse_stream(request, headers, request.app[CONFIG].keep_alive_s) as stream:
+    async with sse_stream(request, headers, request.app[SSE_COMMENT]) as stream:
         try:
             await _send_chunks(request, show, stream)
             await stream.send_done()

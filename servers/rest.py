@@ -14,18 +14,21 @@ from jlorax.config import ServerConfig
 from jlorax.errors import ConfigError
 from servers import native, openai
 from servers.failures import answer_errors
-from servers.serving import CONFIG, ENGINE, ServedEngine
+from servers.serving import CONFIG, ENGINE, SSE_COMMENT, SSE_COMMENT_S, ServedEngine
 
 log = logging.getLogger("jlorax.http")
 
-DRAIN_DEADLINE_S = 30.0
 CLOSE_DEADLINE_S = 2.0
 
 
-def create_app(engine: ServedEngine, config: ServerConfig) -> web.Application:
+def create_app(
+    engine: ServedEngine, config: ServerConfig, sse_comment_s: float = SSE_COMMENT_S
+) -> web.Application:
+    """The routes over an engine that somebody else opens and closes."""
     app = web.Application(middlewares=[answer_errors], client_max_size=config.max_body_bytes)
     app[ENGINE] = engine
     app[CONFIG] = config
+    app[SSE_COMMENT] = sse_comment_s
     app.add_routes(native.routes())
     app.add_routes(openai.routes())
     return app
@@ -42,7 +45,7 @@ def create_runner(app: web.Application) -> web.AppRunner:
         access_log=None,
         auto_decompress=False,
         shutdown_timeout=CLOSE_DEADLINE_S,
-        keepalive_timeout=75.0,
+        keepalive_timeout=app[CONFIG].keep_alive_s,
     )
 
 
@@ -58,7 +61,7 @@ async def run_server(app: web.Application, host: str, port: int) -> None:
         site = await _listen(runner, host, port)
         log.info("serving on http://%s:%d", host, bound_port(runner))
         await stop.wait()
-        await _drain(app[ENGINE], site)
+        await _drain(app[ENGINE], site, app[CONFIG].drain_s)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
@@ -88,11 +91,11 @@ def _why_not(error: OSError, host: str, port: int) -> str:
     return f"cannot listen on {host} port {port}: {error.strerror or error}"
 
 
-async def _drain(engine: ServedEngine, site: web.TCPSite) -> None:
+async def _drain(engine: ServedEngine, site: web.TCPSite, deadline_s: float) -> None:
     """No new connections; running requests may end; the rest is cut off at the deadline."""
-    log.info("draining: waiting up to %.0f s for running requests", DRAIN_DEADLINE_S)
+    log.info("draining: waiting up to %.0f s for running requests", deadline_s)
     await site.stop()
     with suppress(TimeoutError):
-        async with asyncio.timeout(DRAIN_DEADLINE_S):
+        async with asyncio.timeout(deadline_s):
             await engine.drain()
             log.info("drained")

@@ -27,6 +27,7 @@ from jlorax.wire.strict_json import dumps, parse_object
 LONG_BODY_BYTES = 65536  # above this, parsing leaves the event loop
 LONG_TEXT_CHARS = 4096  # above this, tokenizing does
 BODY_DEADLINE_S = 30.0
+SSE_COMMENT_S = 15.0  # silence after which a stream gets a comment, so that proxies keep it
 
 T = TypeVar("T")
 
@@ -63,6 +64,7 @@ class ServedEngine(Protocol):
 
 ENGINE: web.AppKey[ServedEngine] = web.AppKey("engine")
 CONFIG: web.AppKey[ServerConfig] = web.AppKey("config")
+SSE_COMMENT: web.AppKey[float] = web.AppKey("sse_comment_s")
 
 
 class NotJson(JLoraxError):
@@ -91,12 +93,11 @@ class RequestNotes:
         self.generated_tokens += len(result.tokens)
 
 
-NOTES = "jlorax.notes"
+NOTES: web.RequestKey[RequestNotes] = web.RequestKey("notes", RequestNotes)
 
 
 def notes_of(request: web.Request) -> RequestNotes:
-    notes: RequestNotes = request[NOTES]
-    return notes
+    return request[NOTES]
 
 
 def limits_of(app: web.Application) -> Limits:

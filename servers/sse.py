@@ -1,7 +1,7 @@
 """Server-sent events: opened late, kept alive, bounded in time.
 
 The response is opened by the first event, so an error before it still gets its own status. A
-stream that is quiet for ``keep_alive_s`` (queueing, prefill) is opened and kept by comments.
+stream that is quiet for ``SSE_COMMENT_S`` (queueing, prefill) is opened and kept by comments.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ class SseStream:
 
 @asynccontextmanager
 async def sse_stream(
-    request: web.Request, headers: Mapping[str, str], keep_alive_s: float
+    request: web.Request, headers: Mapping[str, str], comment_s: float
 ) -> AsyncIterator[SseStream]:
     stream = SseStream(request, headers)
-    heart = asyncio.create_task(stream.keep_alive(keep_alive_s))
+    heart = asyncio.create_task(stream.keep_alive(comment_s))
     try:
         yield stream
     finally:

@@ -6,7 +6,7 @@ own attributes) beside what their clients expect. Statuses are not decided here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jlorax import errors
@@ -18,6 +18,12 @@ _ERROR_TYPES = {
     "generation": "Request failed during generation: ",
 }
 _V1_CODES = {"adapter_not_found": "model_not_found", "prompt_too_long": "context_length_exceeded"}
+_KINDS: dict[str, type[JLoraxError]] = {
+    kind.code: kind
+    for kind in [*vars(errors).values(), MalformedBody]
+    if isinstance(kind, type) and issubclass(kind, JLoraxError)
+}
+_KINDS |= {spoken: _KINDS[code] for code, spoken in _V1_CODES.items()}
 
 
 def render_native_error(error: JLoraxError, error_type: str) -> dict[str, Any]:
@@ -44,9 +50,7 @@ def render_openai_error(error: JLoraxError, error_type: str) -> dict[str, Any]:
 def read_error(status: int, body: object, retry_after_s: float | None = None) -> JLoraxError:
     """The typed error of an answer of either family; by status where another server answered."""
     message, code, details = _parts(body)
-    known = {kind.code: kind for kind in _tree(JLoraxError)} | {"malformed_json": MalformedBody}
-    known |= {spoken: known[code_] for code_, spoken in _V1_CODES.items()}
-    kind = known.get(code) or _kind_of_status(status)
+    kind = _KINDS.get(code) or _kind_of_status(status)
     error = JLoraxError.__new__(kind)
     Exception.__init__(error, message or f"the server answered {status}")
     if issubclass(kind, errors.Overloaded | errors.Unavailable):
@@ -83,9 +87,3 @@ def _kind_of_status(status: int) -> type[JLoraxError]:
         503: errors.Unavailable,
     }
     return kinds.get(status, errors.InvalidRequest if 400 <= status < 500 else JLoraxError)
-
-
-def _tree(kind: type[JLoraxError]) -> Iterator[type[JLoraxError]]:
-    yield kind
-    for child in kind.__subclasses__():
-        yield from _tree(child)

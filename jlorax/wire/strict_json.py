@@ -72,13 +72,14 @@ def _decode(body: bytes) -> str:
 
 def _check_depth(text: str) -> None:
     """Peels one level of brackets a pass, so that no input makes the parser recurse deeply."""
-    brackets = _NOT_BRACKET.sub("", _STRING.sub("", text))
+    brackets = _NOT_BRACKET.sub("", _STRING.sub("", text)).replace("{", "[").replace("}", "]")
     for _ in range(MAX_DEPTH):
-        peeled = brackets.replace("[]", "").replace("{}", "")
+        peeled = brackets.replace("[]", "")
         if len(peeled) == len(brackets):
             break
         brackets = peeled
-    if len(brackets) > MAX_DEPTH:
+    unclosed = len(brackets)  # of a few, the parser itself can say where
+    if unclosed > MAX_DEPTH or "[]" in brackets:
         raise MalformedBody(
             f"the JSON is nested deeper than {MAX_DEPTH} levels or its brackets do not balance"
         )
