@@ -19,6 +19,7 @@ from servers.serving import CONFIG, ENGINE, SSE_COMMENT, SSE_COMMENT_S, ServedEn
 log = logging.getLogger("jlorax.http")
 
 CLOSE_DEADLINE_S = 2.0
+LINGER_S = 1.0  # what a refused body may still send, so that its sender reads the refusal
 
 
 def create_app(
@@ -34,6 +35,18 @@ def create_app(
     return app
 
 
+class _WithoutBytes(logging.Filter):
+    """A protocol error quotes the bytes that it choked on, and those may be a prompt."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.exc_info = record.exc_text = None
+        return True
+
+
+_protocol_log = logging.getLogger("jlorax.http.protocol")
+_protocol_log.addFilter(_WithoutBytes())
+
+
 def create_runner(app: web.Application) -> web.AppRunner:
     """``handler_cancellation``: a client that goes away cancels its handler, so its request.
 
@@ -43,7 +56,9 @@ def create_runner(app: web.Application) -> web.AppRunner:
         app,
         handler_cancellation=True,
         access_log=None,
+        logger=_protocol_log,
         auto_decompress=False,
+        lingering_time=LINGER_S,
         shutdown_timeout=CLOSE_DEADLINE_S,
         keepalive_timeout=app[CONFIG].keep_alive_s,
     )

@@ -80,14 +80,19 @@ class FakeEngine:
     seen: list[GenerateRequest] = field(default_factory=list)
     num_open: int = 0
     num_closed: int = 0
+    num_events: int = 0
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
     registered: dict[str, AdapterInfo] = field(default_factory=dict)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         self.seen.append(request)
         self.num_open += 1
+        self.opened.set()
         try:
             async for event in self._events(request):
+                self.num_events += 1
                 yield event
         finally:
             self.num_open -= 1
@@ -161,6 +166,7 @@ class FakeEngine:
     async def drain(self) -> None:
         """Like the real one: refuses new requests, returns when the running ones have ended."""
         self.state = "draining"
+        self.draining.set()
         while self.num_open:
             self.closed.clear()
             await self.closed.wait()
