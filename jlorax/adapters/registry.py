@@ -135,6 +135,14 @@ class Registry:
             raise AdapterNotFound(version.adapter_id)
         return record
 
+    def folder_under_root(self, path: str) -> Path:
+        """A folder that the API may name: as an adapter's id, below the root, nowhere else."""
+        check_id(path)
+        folder = self._local_folder(path)
+        if folder is None:
+            raise AdapterNotFound(path)
+        return folder
+
     def list(self) -> list[AdapterRecord]:
         """Registered names and the root's folders; those that cannot be read are left out."""
         found = [

@@ -194,6 +194,18 @@ def test_links_out_of_the_root(root: Path, tmp_path: Path) -> None:
     assert found == {"local", "org/deep", "alias"}
 
 
+def test_folder_that_the_api_names(root: Path, tmp_path: Path) -> None:
+    helpers.write_good(tmp_path / "outside")
+    (root / "link").symlink_to(tmp_path / "outside")
+    names = registry(root)
+    assert names.folder_under_root("org/deep") == root / "org" / "deep"
+    for path in ("none", "link"):
+        with pytest.raises(AdapterNotFound):
+            names.folder_under_root(path)
+    with pytest.raises(InvalidAdapterId):
+        names.folder_under_root("../outside")
+
+
 def test_list_and_counts(root: Path) -> None:
     helpers.write_good(root / "broken")
     (root / "broken" / "adapter_config.json").write_text("{")
