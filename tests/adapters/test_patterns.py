@@ -19,6 +19,9 @@ MODULES = [
 ]
 PATTERNS = [
     r".*\.(q|v)_proj",
+    "proj",
+    "q_proj",
+    "self_attn.q_proj",
     r".*",
     r"model\.layers\.\d+\.self_attn\.q_proj",
     r"model\.layers\.[0-5]\..*",
