@@ -99,7 +99,6 @@ async def _answered(
 ) -> web.StreamResponse:
     openai = is_openai(request.path)
     try:
-        _check_host(request)
         return await handler(request)
     except JLoraxError as error:
         return error_response(error, openai)
@@ -109,13 +108,6 @@ async def _answered(
         raise
     except Exception as error:
         return error_response(unexpected(error), openai)
-
-
-def _check_host(request: web.Request) -> None:
-    """Two Hosts let a proxy and a server disagree about who was asked (RFC 9112, 3.2)."""
-    num_hosts = len(request.headers.getall("Host", ()))
-    if num_hosts > 1:
-        raise MalformedBody(f"the request has {num_hosts} Host headers; one is allowed")
 
 
 def _refused(request: web.Request, refusal: web.HTTPException, openai: bool) -> web.Response:

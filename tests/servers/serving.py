@@ -59,6 +59,11 @@ class Server:
     runner: web.AppRunner
     session: aiohttp.ClientSession
 
+    @property
+    def num_connections(self) -> int:
+        assert self.runner.server is not None
+        return len(self.runner.server.connections)
+
     async def get(self, path: str, **options: Any) -> Answer:
         return await self.call("GET", path, **options)
 

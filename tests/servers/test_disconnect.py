@@ -101,6 +101,9 @@ async def test_a_reader_that_stands_still_is_bounded_and_dropped(
         async with asyncio.timeout(5.0):
             await until_all_closed(engine)
         assert engine.num_events < 500
+        for _ in range(100):  # the loop's turns in which the connection is given back
+            await asyncio.sleep(0)
+        assert server.num_connections == 0
         sock.close()
 
 
