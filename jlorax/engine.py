@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jlorax.actors.cache import Cache
 from jlorax.actors.ingress import Ingress
@@ -200,7 +200,8 @@ class Engine:
         if self._life is None or self._life.done():
             raise Unavailable("the engine has stopped")
         await self._cache.put(message)
-        await asyncio.wait([reply, self._life], return_when=asyncio.FIRST_COMPLETED)
+        either: list[asyncio.Future[Any]] = [reply, self._life]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not reply.done():
             raise Unavailable("the engine has stopped")
         return reply.result()

@@ -64,8 +64,10 @@ def create_runner(app: web.Application) -> web.AppRunner:
     )
 
 
-async def run_server(app: web.Application, host: str, port: int) -> None:
-    """Serves until SIGTERM or SIGINT, then drains and returns."""
+async def run_server(
+    app: web.Application, host: str, port: int, listening: asyncio.Event | None = None
+) -> None:
+    """Serves until SIGTERM or SIGINT, then drains and returns; ``listening`` is set when up."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -75,6 +77,8 @@ async def run_server(app: web.Application, host: str, port: int) -> None:
     try:
         site = await _listen(runner, host, port)
         log.info("serving on http://%s:%d", host, bound_port(runner))
+        if listening is not None:
+            listening.set()
         await stop.wait()
         await _drain(app[ENGINE], site, app[CONFIG].drain_s)
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def slot_write(packed: PackedAdapter, assignment: Assignment, layout: BankLayout
 
 
 def share_bank(
-    layout: BankLayout, bank_bytes: int, known_ranks: list[Mapping[str, int]]
+    layout: BankLayout, bank_bytes: int, known_ranks: Sequence[Mapping[str, int]]
 ) -> dict[PoolKey, int]:
     """Pages per pool, the zero page included, for a bank of about ``bank_bytes``.
 

@@ -1,0 +1,166 @@
+"""The command line: ``jlorax serve | demo | generate | chat | adapters``.
+
+Here alone argv and the environment are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jlorax.client import DEFAULT_URL, Client
+from jlorax.errors import ConfigError, JLoraxError
+from servers import settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, 1 for a failure, 2 for a wrong flag or value."""
+    arguments = _parser().parse_args(argv)
+    _configure_logging(arguments)
+    try:
+        status: int = arguments.run(arguments)
+    except ConfigError as error:
+        print(f"jlorax: error: {error}", file=sys.stderr)
+        return 2
+    except JLoraxError as error:
+        print(f"jlorax: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "jlorax", description="Many fine-tuned LLMs for the price of one.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    serve = _command(commands, "serve", _serve, "serve one base model and many adapters over HTTP")
+    settings.add_arguments(serve)
+    serve.add_argument("--dry-run", action="store_true", help="print the memory plan and end")
+
+    demo = _command(commands, "demo", _demo, "serve the embedded model with its demo adapters")
+    settings.add_arguments(demo)
+    demo.add_argument("--once", action="store_true", help="end after the answers")
+
+    generate = _command(commands, "generate", _generate, "complete a prompt on a running server")
+    generate.add_argument("prompt")
+    _client_arguments(generate)
+
+    chat = _command(commands, "chat", _chat, "talk to a running server")
+    _client_arguments(chat)
+
+    adapters = _command(commands, "adapters", _adapters, "what a running server can serve")
+    adapters.add_argument("action", choices=["ls"])
+    adapters.add_argument("--url", default=DEFAULT_URL)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=help_text, description=help_text.capitalize() + ".", allow_abbrev=False
+    )
+    command.set_defaults(run=run)
+    command.add_argument("--verbose", action="store_true", help="log more")
+    return command
+
+
+def _client_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", default=DEFAULT_URL, help=f"the server (default {DEFAULT_URL})")
+    command.add_argument("--adapter", metavar="NAME", help="the adapter (default: the base model)")
+    command.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="T")
+
+
+def _configure_logging(arguments: argparse.Namespace) -> None:
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    for noisy in ("jax", "asyncio", "aiohttp", "urllib3", "huggingface_hub", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+# ---- the server
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from servers import serve
+
+    values = settings.read_settings(vars(arguments), os.environ)
+    engine = settings.engine_config(values, os.environ)
+    if arguments.dry_run:
+        return serve.dry_run(engine)
+    return asyncio.run(serve.serve(engine, settings.server_config(values)))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from servers import demo
+
+    values = settings.read_settings(vars(arguments), os.environ)
+    engine = settings.engine_config({**demo.DEFAULTS, **values}, os.environ)
+    return asyncio.run(
+        demo.demo(demo.with_adapters(engine), settings.server_config(values), arguments.once)
+    )
+
+
+# ---- the client
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    with Client(arguments.url) as client:
+        for event in client.stream(arguments.prompt, **_options(arguments)):
+            print(event.token.text, end="", flush=True)
+    print()
+    return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    messages: list[dict[str, str]] = []
+    with Client(arguments.url) as client:
+        while (text := _ask()) is not None:
+            messages.append({"role": "user", "content": text})
+            answer = ""
+            for event in client.stream_chat(messages, **_options(arguments)):
+                answer += event.token.text
+                print(event.token.text, end="", flush=True)
+            print()
+            messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+def _ask() -> str | None:
+    """A line that is not empty; None at the end of input."""
+    try:
+        while not (text := input("> ").strip()):
+            pass
+    except EOFError:
+        return None
+    return text
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "adapter_id": arguments.adapter,
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": arguments.temperature,
+    }
+
+
+def _adapters(arguments: argparse.Namespace) -> int:
+    from servers.tables import adapter_table, show
+
+    with Client(arguments.url) as client:
+        show(adapter_table(client.adapters()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""The one table of settings: each is a flag, a JLORAX_* variable and a key of the YAML file.
+
+The first that names a setting wins: flag, environment, file, default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jlorax.config import (
+    DTYPES,
+    AdapterConfig,
+    EngineConfig,
+    KVConfig,
+    ModelSource,
+    SchedulerConfig,
+    ServerConfig,
+    StepConfig,
+)
+from jlorax.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def size_bytes(text: str) -> int:
+    """Reads "2GiB", "512 MiB", "1.5GB" or a plain number of bytes."""
+    match = _SIZE.fullmatch(text)
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _UNITS:
+        raise ValueError("a size looks like 512MiB, 2GiB, 1.5GB or a number of bytes")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("a whole number is needed") from None
+
+
+def _dtype(text: str) -> str:
+    if text not in DTYPES:
+        raise ValueError(f"allowed are: {', '.join(DTYPES)}")
+    return text
+
+
+def _buckets(text: str) -> tuple[int, ...]:
+    return tuple(_whole(part) for part in text.split(","))
+
+
+def _folder(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _named_adapter(text: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise ValueError("an adapter is given as NAME=DIR")
+    return name, _folder(folder)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """``key`` names it in YAML; the flag and the variable follow from it."""
+
+    key: str
+    parse: Callable[[str], Any]
+    metavar: str
+    help: str
+    repeated: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.key.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "JLORAX_" + self.key.upper()
+
+
+SETTINGS = (
+    Setting("model", str, "DIR|GGUF|HUB_ID", "base model (default: the embedded SmolLM2-135M)"),
+    Setting("model_id", str, "NAME", "the base model's name for clients"),
+    Setting("dtype", _dtype, "|".join(DTYPES), "element type of weights, KV pool and bank"),
+    Setting("host", str, "HOST", "address to listen on (default 127.0.0.1)"),
+    Setting("port", _whole, "PORT", "port to listen on (default 8080)"),
+    Setting("adapter_root", _folder, "DIR", "folder whose sub-folders are adapters"),
+    Setting("adapter", _named_adapter, "NAME=DIR", "an adapter by name; may be repeated", True),
+    Setting("adapter_bank_bytes", size_bytes, "B", "device memory for adapters (512MiB)"),
+    Setting("max_slots", _whole, "N", "adapters on the device at once (64)"),
+    Setting("max_rank", _whole, "R", "largest LoRA rank served, 1 to 256 (64)"),
+    Setting("host_cache_bytes", size_bytes, "B", "RAM for adapters (2GiB)"),
+    Setting("disk_cache", _folder, "DIR", "folder for packed adapters (in the cache folder)"),
+    Setting("disk_cache_bytes", size_bytes, "B", "its quota (16GiB)"),
+    Setting("max_seq_len", _whole, "N", "tokens of prompt and answer (the model's, at most 8192)"),
+    Setting("max_batch", _whole, "N", "sequences that run at once (32)"),
+    Setting("max_queued", _whole, "N", "requests that may wait (256)"),
+    Setting("kv_cache_bytes", size_bytes, "B", "memory for keys and values"),
+    Setting("buckets", _buckets, "N,N", "decode batch sizes to compile (1,8,32)"),
+    Setting("cache_dir", _folder, "DIR", "prepared models, executables and adapters"),
+)
+_BY_KEY = {setting.key: setting for setting in SETTINGS}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these settings")
+    for setting in SETTINGS:
+        action = "append" if setting.repeated else "store"
+        help_text = f"{setting.help} [{setting.variable}]"
+        parser.add_argument(
+            setting.flag, dest=setting.key, metavar=setting.metavar, action=action, help=help_text
+        )
+
+
+def read_settings(flags: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Parsed values of every setting that anybody named. Raises ConfigError."""
+    config_file = flags.get("config") or environment.get("JLORAX_CONFIG")
+    named: dict[str, Any] = _read_yaml(Path(config_file)) if config_file else {}
+    for setting in SETTINGS:
+        for origin, raw in (
+            (setting.variable, environment.get(setting.variable)),
+            (setting.flag, flags.get(setting.key)),
+        ):
+            if raw is not None:
+                named[setting.key] = (origin, raw)
+    _refuse_unknown_variables(environment)
+    return {key: _parse(_BY_KEY[key], origin, raw) for key, (origin, raw) in named.items()}
+
+
+def _parse(setting: Setting, origin: str, raw: Any) -> Any:
+    try:
+        if not setting.repeated:
+            return setting.parse(str(raw))
+        return tuple(setting.parse(text) for text in _texts(raw))
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {raw!r} is not allowed: {error}") from None
+
+
+def _texts(raw: Any) -> Sequence[str]:
+    """A repeated setting: a list, a mapping NAME: DIR (YAML), or a comma-separated text."""
+    if isinstance(raw, Mapping):
+        return [f"{name}={value}" for name, value in raw.items()]
+    return raw.split(",") if isinstance(raw, str) else [str(text) for text in raw]
+
+
+def _read_yaml(path: Path) -> dict[str, tuple[str, Any]]:
+    try:
+        content = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: must be a mapping of settings, not a {type(content)}")
+    for key in content:
+        if key not in _BY_KEY:
+            raise ConfigError(
+                f"--config {path}: unknown key {key!r}; {_nearest(str(key), _BY_KEY)}"
+            )
+    return {key: (f"{path}: {key}", value) for key, value in content.items() if value is not None}
+
+
+def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    known = {setting.variable for setting in SETTINGS} | {"JLORAX_CONFIG"}
+    for name in environment:
+        if name.startswith("JLORAX_") and name not in known:
+            raise ConfigError(f"unknown variable {name}; {_nearest(name, known)}")
+
+
+def _nearest(word: str, known: Any) -> str:
+    close = get_close_matches(word, list(known), 1)
+    return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(sorted(known))}"
+
+
+def default_cache_dir(environment: Mapping[str, str]) -> Path:
+    """$XDG_CACHE_HOME/jlorax, or ~/.cache/jlorax."""
+    base = environment.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "jlorax"
+
+
+def engine_config(values: Mapping[str, Any], environment: Mapping[str, str]) -> EngineConfig:
+    cache_dir = values.get("cache_dir") or default_cache_dir(environment)
+    adapters = {
+        "root": values.get("adapter_root"),
+        "named": values.get("adapter"),
+        "bank_bytes": values.get("adapter_bank_bytes"),
+        "max_slots": values.get("max_slots"),
+        "max_rank": values.get("max_rank"),
+        "host_cache_bytes": values.get("host_cache_bytes"),
+        "disk_dir": values.get("disk_cache") or cache_dir / "adapters",
+        "disk_cache_bytes": values.get("disk_cache_bytes"),
+    }
+    scheduler = {name: values.get(name) for name in ("max_batch", "max_queued")}
+    kv = {"max_seq_len": values.get("max_seq_len"), "cache_bytes": values.get("kv_cache_bytes")}
+    return EngineConfig(
+        cache_dir=cache_dir,
+        model=ModelSource(**_given({"model": values.get("model"), "dtype": values.get("dtype")})),
+        steps=_steps(values),
+        scheduler=SchedulerConfig(**_given(scheduler)),
+        kv=KVConfig(**_given(kv)),
+        adapters=AdapterConfig(**_given(adapters)),
+        model_id=values.get("model_id"),
+        executable_dir=cache_dir / "executables",
+    )
+
+
+def server_config(values: Mapping[str, Any]) -> ServerConfig:
+    return ServerConfig(**_given({"host": values.get("host"), "port": values.get("port")}))
+
+
+def _steps(values: Mapping[str, Any]) -> StepConfig:
+    """Buckets up to max_batch; the largest is max_batch itself when none is as large."""
+    default = StepConfig()
+    max_batch = values.get("max_batch") or SchedulerConfig().max_batch
+    buckets = values.get("buckets") or default.sampling_buckets
+    fitting = tuple(b for b in sorted(set(buckets)) if b < max_batch)
+    greedy = tuple(b for b in default.greedy_buckets if b in fitting)
+    return StepConfig(greedy_buckets=greedy, sampling_buckets=(*fitting, max_batch))
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}

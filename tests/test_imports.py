@@ -1,0 +1,128 @@
+"""The house's import table, held by a test: who may know whom."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PLAIN = {"jlorax.errors", "jlorax.types", "jlorax.layout"}
+
+# package or module -> what it may import besides the standard library and itself
+ALLOWED: dict[str, set[str]] = {
+    "jlorax.errors": set(),
+    "jlorax.types": set(),
+    "jlorax.layout": {"numpy", "jlorax.types"},
+    "jlorax.config": {"jlorax.errors"},
+    "jlorax.metrics": {"prometheus_client", "jlorax.types"},
+    "jlorax.wire": PLAIN,
+    "jlorax.demo": {"jlorax.types"},
+    "jlorax.demo.make_adapters": {
+        "torch",
+        "transformers",
+        "peft",
+        "numpy",
+        "safetensors",
+        "jlorax",
+    },
+    "jlorax.tokenizer": {"transformers", "tokenizers", "jlorax.errors"},
+    "jlorax.scheduling": PLAIN | {"numpy"},
+    "jlorax.adapters": PLAIN | {"numpy", "safetensors", "ml_dtypes"},
+    "pallas_kernels": {"jax", "numpy"},
+    "jlorax.models": PLAIN
+    | {"pallas_kernels", "flax", "jax", "numpy", "ml_dtypes", "safetensors", "gguf"}
+    | {"tokenizers", "transformers"},
+    "jlorax.device": PLAIN | {"jlorax.models", "flax", "jax", "numpy"},
+    "jlorax.actors.runner": PLAIN
+    | {"jlorax.device", "jlorax.actors.messages", "jlorax.actors.mailbox"}
+    | {"jlorax.scheduling.step_plan"},
+    "jlorax.actors": PLAIN
+    | {"jlorax.actors.messages", "jlorax.actors.mailbox", "jlorax.actors.stream"}
+    | {"jlorax.scheduling", "jlorax.adapters", "jlorax.tokenizer", "jlorax.metrics"},
+    "jlorax.client": PLAIN | {"jlorax.wire", "aiohttp", "yarl"},
+    "servers": PLAIN
+    | {"jlorax.engine", "jlorax.assembly", "jlorax.wire", "jlorax.config", "jlorax.demo"}
+    | {"jlorax.tokenizer", "jlorax.metrics", "jlorax.client", "jlorax.models.config"}
+    | {"aiohttp", "yaml", "rich"},
+}
+# seams where types of a lower floor pass by
+EXCEPTIONS = {("jlorax.actors.messages", "jlorax.device.device")}
+NO_ASYNCIO = (
+    "jlorax.scheduling",
+    "jlorax.adapters",
+    "jlorax.models",
+    "jlorax.device",
+    "jlorax.wire",
+    "jlorax.tokenizer",
+    "jlorax.metrics",
+    "jlorax.layout",
+    "pallas_kernels",
+)
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for top in ("jlorax", "pallas_kernels", "servers"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that the file names, wherever in it; but not for type checking alone."""
+    found = set()
+    for node in _outside_type_checking(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def _outside_type_checking(tree: ast.AST) -> Iterator[ast.AST]:
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield from _outside_type_checking(child)
+
+
+def rule(module: str) -> str | None:
+    """The longest entry of the table that the module lies under."""
+    fitting = [name for name in ALLOWED if _under(module, name)]
+    return max(fitting, key=len, default=None)
+
+
+def _under(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize(("module", "path"), list(modules()), ids=lambda value: str(value)[-60:])
+def test_imports_follow_the_table(module: str, path: Path) -> None:
+    name = rule(module)
+    if name is None:  # jlorax itself, engine, assembly: they join everything
+        return
+    for imported in imports(path):
+        top = imported.partition(".")[0]
+        if top in sys.stdlib_module_names or top == "__future__" or _under(imported, name):
+            continue
+        allowed = any(_under(imported, entry) for entry in ALLOWED[name])
+        excepted = any(module == one and _under(imported, other) for one, other in EXCEPTIONS)
+        assert allowed or excepted, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("package", NO_ASYNCIO)
+def test_plain_and_device_code_never_awaits(package: str) -> None:
+    for module, path in modules():
+        if _under(module, package):
+            assert "asyncio" not in {i.partition(".")[0] for i in imports(path)}, module
+
+
+def test_the_client_brings_no_jax() -> None:
+    import subprocess
+
+    code = "import jlorax, sys; jlorax.AsyncClient; jlorax.Client; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
