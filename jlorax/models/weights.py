@@ -75,10 +75,16 @@ def dummy_model(config: ModelConfig, dtype: str, seed: int = 0) -> BaseModel:
     return BaseModel(config, dtype, leaves, _merger(treedef, graphdef))
 
 
+def outline(config: ModelConfig, dtype: str) -> BaseModel:
+    """The model without its weights: leaves are shapes, enough to compile for any device."""
+    _, treedef, graphdef, shapes = _outline(config, dtype)
+    leaves: list[Any] = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
+    return BaseModel(config, dtype, leaves, _merger(treedef, graphdef))
+
+
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
     """What the leaves will take, without loading any."""
-    _, _, _, shapes = _outline(config, dtype)
-    return sum(int(np.prod(shape)) for shape in shapes) * _DTYPES[dtype].itemsize
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in outline(config, dtype).leaves)
 
 
 def _dummy_leaf(key: jax.Array, path: str, shape: tuple[int, ...], dtype: str) -> jax.Array:

@@ -1,0 +1,126 @@
+"""The whole step compiles for an H100 on a machine without a GPU, and copies no pool.
+
+Needs the extra ``aot``: the compiler plugin alone, no driver. ``h100.txtpb`` describes the target;
+it follows openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.aot]
+pytest.importorskip("jax_plugins.xla_cuda13")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+from jlorax.device.step import make_step  # noqa: E402
+from jlorax.layout import RANK_PAGE, BankLayout, StepLayout, StepShape  # noqa: E402
+from jlorax.models.config import parse_config  # noqa: E402
+from jlorax.models.weights import outline  # noqa: E402
+
+NUM_LAYERS = 4  # of 32: the layers are alike, and this keeps the test short
+NUM_PAGES, PAGE_SIZE, MAX_PAGES, MAX_BATCH, SLOTS, BANK_PAGES = 513, 16, 64, 64, 8, 65
+
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": NUM_LAYERS,
+    "vocab_size": 32000,
+}
+MISTRAL_7B = LLAMA_2_7B | {
+    "model_type": "mistral",
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
+FALCON_7B = {
+    "model_type": "falcon",
+    "hidden_size": 4544,
+    "num_attention_heads": 71,
+    "num_hidden_layers": NUM_LAYERS,
+    "vocab_size": 65024,
+}
+
+
+@pytest.fixture(scope="module")
+def h100() -> Mesh:
+    description = (Path(__file__).parent / "h100.txtpb").read_text()
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=description, topology="1x1x1"
+    )
+    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+
+
+@contextmanager
+def abstract(mesh: Mesh) -> Iterator[None]:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+@pytest.mark.parametrize(
+    "raw", [LLAMA_2_7B, MISTRAL_7B, FALCON_7B], ids=lambda raw: raw["model_type"]
+)
+@pytest.mark.parametrize(
+    "shape",
+    [StepShape(8, 1, 8, False), StepShape(8, 1, 8, True), StepShape(256, 16, 16, True)],
+    ids=["decode", "decode-sampling", "extend"],
+)
+def test_step_compiles_and_updates_the_pool_in_place(
+    h100: Mesh, raw: dict[str, Any], shape: StepShape
+) -> None:
+    config = parse_config(raw, "test")
+    model = outline(config, "bfloat16")
+    bank = BankLayout(config.projections(), "bfloat16", 64)
+    layout = StepLayout(shape, MAX_PAGES)
+
+    def on_gpu(dims: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(h100, PartitionSpec()))
+
+    arguments = _arguments(model, bank, layout, on_gpu)
+    step = jax.jit(make_step(model, bank, layout), donate_argnums=(1, 2))
+    with abstract(h100):
+        compiled = step.lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    pools_bytes = sum(pool.size * 2 for pool in arguments[1])
+    assert memory.alias_size_in_bytes >= pools_bytes, "the donated KV pool is copied"
+    if shape.tile == 1:
+        assert memory.temp_size_in_bytes < 64 << 20
+
+
+def _arguments(model: Any, bank: BankLayout, layout: StepLayout, on_gpu: Any) -> tuple[Any, ...]:
+    from jlorax.device.step import RowState
+    from jlorax.models.lora import Bank
+
+    s, projections = model.config.shape, len(bank.projections)
+    pool = (NUM_PAGES, 2, s.num_kv_heads, PAGE_SIZE, s.head_dim)
+    return (
+        [on_gpu(leaf.shape, leaf.dtype) for leaf in model.leaves],
+        [on_gpu(pool, jnp.bfloat16) for _ in range(s.num_layers)],
+        RowState(
+            on_gpu((MAX_BATCH + 1,), jnp.int32),
+            on_gpu((MAX_BATCH + 1, s.vocab_size), jnp.bool_),
+            on_gpu((MAX_BATCH + 1, s.vocab_size), jnp.int32),
+        ),
+        Bank(
+            {
+                key: on_gpu((BANK_PAGES, key.num_layers, RANK_PAGE, key.width), jnp.bfloat16)
+                for key in bank.pools
+            },
+            on_gpu((SLOTS + 1, projections, 2, bank.table_width), jnp.int32),
+            on_gpu((SLOTS + 1, projections), jnp.int32),
+            on_gpu((SLOTS + 1, projections, bank.max_layers), jnp.float32),
+        ),
+        on_gpu((layout.size,), jnp.int32),
+    )
