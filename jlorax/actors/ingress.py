@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from jlorax.scheduling.sequence import Sequence
 from jlorax.tokenizer import Tokenizer
 from jlorax.types import AdapterVersion, GenerateRequest
 
+log = logging.getLogger("jlorax.ingress")
 _INLINE_CHARACTERS = 2_000  # longer prompts are tokenized off the loop: 1 MB takes 300 ms
 
 
@@ -58,8 +60,7 @@ class Ingress:
                 workers.create_task(self._work())
 
     async def _work(self) -> None:
-        while True:
-            message = await anext(self._inbox)
+        async for message in self._inbox:
             await self._submit(message)
 
     async def _submit(self, message: Submit) -> None:
@@ -72,11 +73,19 @@ class Ingress:
         except JLoraxError as error:
             stream.fail(error)
             return
+        except Exception as error:  # ours or a library's, but one request's: the others go on
+            log.error("a request cannot be prepared: %s", type(error).__name__)  # no prompt's text
+            stream.fail(JLoraxError(f"the request cannot be prepared: {type(error).__name__}"))
+            return
+        if stream.is_cancelled:
+            return
         stream.put(Opened(sequence.prompt, sequence.seed, sequence.arrival_s))
         await self._scheduler.put(Admit(sequence))
 
     async def _prepare(self, request: GenerateRequest, stream: TokenStream) -> Sequence:
         arrival_s = time.monotonic()
+        if request.prompt_logprobs:
+            raise InvalidRequest("log-probabilities of prompt tokens are not supported")
         version = await self._resolve(request)
         prompt = await self._tokens(request)
         max_new_tokens = self._fit(prompt, request.max_new_tokens)

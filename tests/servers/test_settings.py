@@ -1,0 +1,133 @@
+"""Every setting is a flag, a variable and a YAML key; a wrong one says what is allowed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jlorax.errors import ConfigError
+from servers.settings import (
+    SETTINGS,
+    add_arguments,
+    engine_config,
+    read_settings,
+    server_config,
+    size_bytes,
+)
+
+
+def flags(*argv: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_arguments(parser)
+    return vars(parser.parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2GiB", 2 << 30),
+        ("512 MiB", 512 << 20),
+        ("1.5GB", 1_500_000_000),
+        ("4096", 4096),
+        ("7b", 7),
+    ],
+)
+def test_sizes_take_units(text: str, expected: int) -> None:
+    assert size_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "2XB", "1e9", "nan"])
+def test_a_wrong_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="512MiB"):
+        read_settings(flags(f"--kv-cache-bytes={text}"), {})
+
+
+EXAMPLES = {
+    "model": "dir",
+    "model_id": "name",
+    "dtype": "bfloat16",
+    "host": "127.0.0.2",
+    "port": "9000",
+    "adapter_root": "root",
+    "adapter": "a=b",
+    "buckets": "2,4",
+    "disk_cache": "d",
+    "cache_dir": "c",
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key)
+def test_flag_variable_and_key_agree(setting: Any, tmp_path: Path) -> None:
+    value = EXAMPLES.get(setting.key, "7")
+    file = tmp_path / "config.yaml"
+    file.write_text(f"{setting.key}: {'[' + value + ']' if setting.repeated else repr(value)}\n")
+    by_flag = read_settings(flags(setting.flag, value), {})
+    by_variable = read_settings(flags(), {setting.variable: value})
+    by_key = read_settings(flags("--config", str(file)), {})
+    assert by_flag == by_variable == by_key
+    assert list(by_flag) == [setting.key]
+
+
+def test_the_nearer_origin_wins(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("port: 1\nmax_slots: 2\nmax_batch: 3\n")
+    environment = {"JLORAX_PORT": "4", "JLORAX_MAX_SLOTS": "5", "JLORAX_CONFIG": str(file)}
+    assert read_settings(flags("--port", "6"), environment) == {
+        "port": 6,
+        "max_slots": 5,
+        "max_batch": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "words"),
+    [
+        (["--dtype", "int8"], {}, "--dtype.*float32, bfloat16"),
+        (["--port", "many"], {}, "--port.*whole number"),
+        (["--adapter", "nameless"], {}, "NAME=DIR"),
+        ([], {"JLORAX_MAX_SLOT": "1"}, "JLORAX_MAX_SLOTS"),
+        (["--config", "/nowhere.yaml"], {}, "/nowhere.yaml"),
+    ],
+)
+def test_a_wrong_value_says_where_and_what_is_allowed(
+    argv: list[str], environment: dict[str, str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_settings(flags(*argv), environment)
+
+
+def test_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("max_slot: 3\n")
+    with pytest.raises(ConfigError, match="max_slots"):
+        read_settings(flags("--config", str(file)), {})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"max_rank": 257}, "257.*1 to 256"),
+        ({"max_slots": 0}, "max_slots is 0"),
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"max_seq_len": 1}, "max_seq_len is 1"),
+    ],
+)
+def test_a_value_out_of_range_has_its_number_in_the_error(
+    values: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        engine_config(values, {"XDG_CACHE_HOME": "/c"})
+
+
+def test_a_port_out_of_range_is_refused() -> None:
+    with pytest.raises(ConfigError, match="70000"):
+        server_config({"port": 70000})
+
+
+def test_the_largest_bucket_is_max_batch() -> None:
+    steps = engine_config({"max_batch": 20}, {"XDG_CACHE_HOME": "/c"}).steps
+    assert steps.sampling_buckets == (1, 8, 20)
+    assert steps.greedy_buckets == (1, 8)
