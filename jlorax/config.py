@@ -32,11 +32,12 @@ class ModelSource:
 class StepConfig:
     """The compiled shapes. A step is a decode (a token per sequence) or an extend (prompt chunks).
 
-    ``greedy_buckets`` and ``sampling_buckets`` are decode batch sizes; extend steps can always
-    sample. ``tile`` tokens of an extend step belong to one sequence.
+    ``greedy_buckets`` and ``sampling_buckets`` are decode batch sizes; a step that can sample serves
+    greedy requests too, on a CPU at the same cost. Extend steps can always sample. ``tile`` tokens
+    of an extend step belong to one sequence.
     """
 
-    greedy_buckets: tuple[int, ...] = (1, 8)
+    greedy_buckets: tuple[int, ...] = ()
     sampling_buckets: tuple[int, ...] = (1, 8, 32)
     extend_buckets: tuple[int, ...] = (64, 256)
     tile: int = 16

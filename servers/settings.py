@@ -218,12 +218,10 @@ def server_config(values: Mapping[str, Any]) -> ServerConfig:
 
 def _steps(values: Mapping[str, Any]) -> StepConfig:
     """Buckets up to max_batch; the largest is max_batch itself when none is as large."""
-    default = StepConfig()
     max_batch = values.get("max_batch") or SchedulerConfig().max_batch
-    buckets = values.get("buckets") or default.sampling_buckets
+    buckets = values.get("buckets") or StepConfig().sampling_buckets
     fitting = tuple(b for b in sorted(set(buckets)) if b < max_batch)
-    greedy = tuple(b for b in default.greedy_buckets if b in fitting)
-    return StepConfig(greedy_buckets=greedy, sampling_buckets=(*fitting, max_batch))
+    return StepConfig(sampling_buckets=(*fitting, max_batch))
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,4 +130,3 @@ def test_a_port_out_of_range_is_refused() -> None:
 def test_the_largest_bucket_is_max_batch() -> None:
     steps = engine_config({"max_batch": 20}, {"XDG_CACHE_HOME": "/c"}).steps
     assert steps.sampling_buckets == (1, 8, 20)
-    assert steps.greedy_buckets == (1, 8)
