@@ -117,6 +117,7 @@ class Engine:
                 log.error("the engine died", exc_info=fault)
         finally:
             self._state = "dead"
+            self._cache.close()  # nobody reads it any more, so nobody may wait for room in it
             self._end_streams(Unavailable("the engine has stopped"))
 
     def _end_streams(self, error: JLoraxError) -> None:
@@ -124,10 +125,13 @@ class Engine:
             stream.fail(error)
 
     async def stop(self) -> None:
-        """Ends the actors at once; open streams get Unavailable."""
-        if self._life is not None:
+        """Ends the actors at once; open streams get Unavailable. Again does no harm."""
+        if self._life is None:
+            return
+        if self._state != "dead":  # a second cancel would break off the first one's cleaning up
+            self._state = "dead"
             self._life.cancel()
-            await asyncio.wait([self._life])
+        await asyncio.wait([self._life])
 
     async def drain(self) -> None:
         """No new requests; returns when the running ones are answered."""
@@ -199,12 +203,15 @@ class Engine:
         """The cache's answer, or Unavailable when it dies first."""
         if self._life is None or self._life.done():
             raise Unavailable("the engine has stopped")
-        await self._cache.put(message)
         either: list[asyncio.Future[Any]] = [reply, self._life]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        if not reply.done():
-            raise Unavailable("the engine has stopped")
-        return reply.result()
+        try:
+            await self._cache.put(message)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not reply.done():
+                raise Unavailable("the engine has stopped")
+            return reply.result()
+        finally:
+            reply.cancel()  # the caller may have gone: then nobody would read the answer
 
     # ---- what it does
 

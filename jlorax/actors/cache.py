@@ -1,6 +1,6 @@
 """Cache: owns the registry, the tiers, the slot table and the pins; the only way into the bank.
 
-    Prefetch ---> load (its own thread) ---> host tier
+    Prefetch ---> load (its own thread) ---> host tier, AdapterAtHand
     Acquire ----> resident: pin, AdapterReady
              \\--> waits in line ---> loaded, and a slot free: WriteSlot to the runner (first),
                                      AdapterReady to the scheduler (second)
@@ -10,18 +10,22 @@ Order is the acknowledgement: a step that names the slot is behind its write.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from itertools import chain
 from typing import TypeVar
 
 from jlorax.actors.mailbox import Mailbox
 from jlorax.actors.messages import (
     Acquire,
+    AdapterAtHand,
     AdapterFailed,
+    AdapterLoading,
     AdapterReady,
-    AdapterWaits,
+    AdapterUnloadable,
     CacheMessage,
+    Forget,
     ListAdapters,
     LoadAdapter,
     Loaded,
@@ -38,21 +42,14 @@ from jlorax.adapters.host_tier import HostTier
 from jlorax.adapters.loader import Loader
 from jlorax.adapters.pack import PackedAdapter
 from jlorax.adapters.placement import slot_write
-from jlorax.adapters.registry import AdapterRecord, Registry
+from jlorax.adapters.registry import DEFAULT_TENANT, AdapterRecord, Registry
 from jlorax.adapters.slots import SlotTable
 from jlorax.errors import AdapterConflict, AdapterInvalid, JLoraxError, Unavailable
 from jlorax.metrics import Metrics
 from jlorax.types import AdapterInfo, AdapterVersion, Tier
 
+M = TypeVar("M")
 T = TypeVar("T")
-
-
-@dataclass
-class Line:
-    """Versions that wait for a slot, first come first served; ``weights`` once loaded."""
-
-    weights: dict[AdapterVersion, PackedAdapter | None] = field(default_factory=dict)
-    told: set[AdapterVersion] = field(default_factory=set)
 
 
 class Cache:
@@ -75,23 +72,25 @@ class Cache:
         self._host = host
         self._slots = slots
         self._metrics = metrics
-        self._line = Line()
-        self._loading: set[AdapterVersion] = set()
+        # Acquired and without a slot, first come first served; None: to be loaded.
+        self._line: dict[AdapterVersion, PackedAdapter | None] = {}
+        self._registrations: dict[AdapterVersion, LoadAdapter] = {}  # named, to be loaded
+        self._prefetches: dict[AdapterVersion, None] = {}  # to be loaded, in order
+        self._loading: AdapterVersion | None = None
+        self._num_requests: Counter[AdapterVersion] = Counter()  # queued or running
         self._sizes: dict[AdapterVersion, int] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
-
-    @property
-    def slots(self) -> SlotTable:
-        return self._slots
 
     async def run(self) -> None:
         try:
             async for message in self._inbox:
                 match message:
-                    case Resolve(tenant, adapter_id, source, reply):
-                        _answer(reply, lambda m=message: self._resolve(m))
+                    case Resolve():
+                        _answer(message.reply, self._resolve, message)
                     case Prefetch(version):
                         self._prefetch(version)
+                    case Forget(version):
+                        self._forget(version)
                     case Acquire(version):
                         self._acquire(version)
                     case Release(version):
@@ -101,27 +100,46 @@ class Cache:
                         self._loaded(version, packed, tier)
                     case LoadFailed(version, error):
                         self._load_failed(version, error)
-                    case LoadAdapter(reply=reply):
-                        await self._answer_from_thread(reply, lambda m=message: self._register(m))
-                    case UnloadAdapter(reply=reply):
-                        _answer(reply, lambda m=message: self._unload(m))
-                    case ListAdapters(reply=reply):
-                        await self._answer_from_thread(reply, lambda m=message: self._list(m))
+                    case LoadAdapter():
+                        await self._register(message)
+                    case UnloadAdapter():
+                        _answer(message.reply, self._unload, message)
+                    case ListAdapters():
+                        await _answer_from_thread(message.reply, self._list, message)
+                self._load_next()
         finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
 
-    # ---- loading
+    # ---- loading: one at a time, however many wait for it
 
     def _prefetch(self, version: AdapterVersion) -> None:
-        here = self._slots.lookup(version) is not None or version in self._host
-        if not here:
-            self._start_load(version)
+        self._num_requests[version] += 1
+        if self._slots.lookup(version) is not None or version in self._host:
+            self._scheduler.post(AdapterAtHand(version))
+        elif version != self._loading:
+            self._prefetches[version] = None
 
-    def _start_load(self, version: AdapterVersion) -> None:
-        """One load, however many wait for it."""
-        if version not in self._loading:
-            self._loading.add(version)
+    def _forget(self, version: AdapterVersion) -> None:
+        self._num_requests[version] -= 1
+        if not self._num_requests[version]:
+            del self._num_requests[version]
+            self._prefetches.pop(version, None)
+
+    def _load_next(self) -> None:
+        """Whoever holds a place in line goes before whoever may want one later."""
+        if self._loading is not None:
+            return
+        acquired = (version for version, packed in self._line.items() if packed is None)
+        version = next(chain(acquired, self._registrations, self._prefetches), None)
+        if version is None:
+            return
+        self._prefetches.pop(version, None)
+        self._loading = version
+        try:
             record = self._registry.record(version)
+        except JLoraxError as error:  # superseded too long ago
+            self._inbox.post(LoadFailed(version, error))
+        else:
             self._thread.submit(self._load, record)
 
     def _load(self, record: AdapterRecord) -> None:
@@ -140,19 +158,29 @@ class Cache:
         self._inbox.post_from_thread(message)
 
     def _loaded(self, version: AdapterVersion, packed: PackedAdapter, tier: Tier) -> None:
-        self._loading.discard(version)
+        self._loading = None
         self._metrics.adapter_loaded(tier)
         self._sizes[version] = packed.size_bytes
         self._host.put(version, packed, packed.size_bytes)
-        if version in self._line.weights:
-            self._line.weights[version] = packed
+        self._scheduler.post(AdapterAtHand(version))
+        if version in self._line:
+            self._line[version] = packed
             self._serve_line()
+        registration = self._registrations.pop(version, None)
+        if registration is not None and not registration.reply.done():
+            registration.reply.set_result(self._info(self._registry.record(version)))
 
     def _load_failed(self, version: AdapterVersion, error: JLoraxError) -> None:
-        self._loading.discard(version)
-        if version in self._line.weights:
-            self._leave_line(version)
-            self._scheduler.post(AdapterFailed(version, error))
+        self._loading = None
+        if version in self._line:
+            self._refuse(version, error)
+        else:
+            self._scheduler.post(AdapterUnloadable(version, error))
+        registration = self._registrations.pop(version, None)
+        if registration is not None:
+            self._registry.unregister(registration.adapter_id, registration.tenant)
+            if not registration.reply.done():
+                registration.reply.set_exception(error)
 
     # ---- slots
 
@@ -165,79 +193,79 @@ class Cache:
             return
         self._metrics.adapter_miss()
         packed = self._host.get(version)
-        self._line.weights[version] = packed
+        self._line[version] = packed
         if packed is None:
-            self._start_load(version)
+            self._scheduler.post(AdapterLoading(version))
         else:
             self._serve_line()
 
     def _serve_line(self) -> None:
         """Gives slots in the line's order; whoever is still loading holds up nobody."""
-        for version, packed in list(self._line.weights.items()):
+        for version, packed in list(self._line.items()):
             if packed is None:
                 continue
             need = packed.need(self._loader.layout)
             if not self._slots.can_ever_fit(need):
-                self._leave_line(version)
-                self._scheduler.post(AdapterFailed(version, self._too_large(version, packed)))
+                self._refuse(version, _too_large(version, packed))
                 continue
             assignment = self._slots.assign(version, need)
             if assignment is None:
-                self._tell_waiting(version)
                 return
-            self._leave_line(version)
+            del self._line[version]
             self._slots.pin(version)
             self._runner.post(WriteSlot(slot_write(packed, assignment, self._loader.layout)))
             self._scheduler.post(AdapterReady(version, assignment.slot))
 
-    def _tell_waiting(self, version: AdapterVersion) -> None:
-        if version not in self._line.told:
-            self._line.told.add(version)
-            self._scheduler.post(AdapterWaits(version))
-
-    def _leave_line(self, version: AdapterVersion) -> None:
-        del self._line.weights[version]
-        self._line.told.discard(version)
-
-    def _too_large(self, version: AdapterVersion, packed: PackedAdapter) -> JLoraxError:
-        reason = f"its {packed.size_bytes} bytes do not fit the adapter bank (--adapter-bank-bytes)"
-        return AdapterInvalid(version.adapter_id, "its weights", reason)
+    def _refuse(self, version: AdapterVersion, error: JLoraxError) -> None:
+        del self._line[version]
+        self._scheduler.post(AdapterFailed(version, error))
 
     # ---- the API
 
     def _resolve(self, message: Resolve) -> AdapterVersion:
         return self._registry.resolve(message.tenant, message.adapter_id, message.source)
 
-    def _register(self, message: LoadAdapter) -> AdapterInfo:
-        """Names a folder under the root; its weights are read now, so that a bad one is refused."""
-        root = self._registry.adapter_root
-        if root is None:
+    async def _register(self, message: LoadAdapter) -> None:
+        """Names a folder; the answer comes when its weights are read, so that a bad one is refused.
+
+        The actor waits for the name, which is quick, and not for the load, which stands in line.
+        """
+        try:
+            version = await asyncio.to_thread(self._name, message)
+        except Exception as error:
+            if not message.reply.done():
+                message.reply.set_exception(error)
+        else:
+            self._registrations[version] = message
+
+    def _name(self, message: LoadAdapter) -> AdapterVersion:
+        if self._registry.adapter_root is None:
             raise Unavailable("the server has no --adapter-root to load adapters from")
         folder = self._registry.folder_under_root(message.folder)
-        version = self._registry.register(message.adapter_id, folder, message.tenant)
-        try:
-            packed, _ = self._loader.load(self._registry.record(version))
-        except JLoraxError:
-            self._registry.unregister(message.adapter_id, message.tenant)
-            raise
-        self._sizes[version] = packed.size_bytes
-        self._host.put(version, packed, packed.size_bytes)
-        return self._info(self._registry.record(version))
+        return self._registry.register(message.adapter_id, folder, message.tenant)
 
     def _unload(self, message: UnloadAdapter) -> None:
-        """Forgets the name and frees its memory; running requests finish when forced."""
-        version = self._registry.resolve(message.tenant, message.adapter_id)
-        if self._slots.num_pins(version) and not message.force:
+        """Forgets the name and frees its memory.
+
+        When forced, whoever named it already is answered all the same: who runs keeps its slot, who
+        waits loads it again, and gets a clear error when the files are gone.
+        """
+        version = self._registry.registered_version(message.adapter_id, message.tenant)
+        if version in self._registrations:
+            raise AdapterConflict(f"adapter {message.adapter_id!r} is still being loaded")
+        if self._num_requests[version] and not message.force:
             raise AdapterConflict(
-                f"adapter {message.adapter_id!r} is in use; use force to unload it"
+                f"{self._num_requests[version]} requests use adapter {message.adapter_id!r}; "
+                "use force to unload it"
             )
         self._registry.unregister(message.adapter_id, message.tenant)
         self._host.drop(version)
+        self._sizes.pop(version, None)
         if self._slots.lookup(version) is not None and not self._slots.num_pins(version):
             self._slots.evict(version)
 
     def _list(self, message: ListAdapters) -> list[AdapterInfo]:
-        visible = (message.tenant, "default")
+        visible = (message.tenant, DEFAULT_TENANT)
         return [self._info(r) for r in self._registry.list() if r.version.tenant in visible]
 
     def _info(self, record: AdapterRecord) -> AdapterInfo:
@@ -262,24 +290,30 @@ class Cache:
             return Tier.HOST
         return Tier.DISK if self._loader.has(record) else Tier.SOURCE
 
-    async def _answer_from_thread(self, reply: asyncio.Future[T], work: Callable[[], T]) -> None:
-        """Runs ``work`` on the loader's thread while the actor waits, so that the books keep one
-        writer and the loop does not stand still for a disk."""
-        loop = asyncio.get_running_loop()
-        try:
-            result = await loop.run_in_executor(self._thread, work)
-        except JLoraxError as error:
-            if not reply.done():
-                reply.set_exception(error)
-        else:
-            if not reply.done():
-                reply.set_result(result)
+
+def _too_large(version: AdapterVersion, packed: PackedAdapter) -> JLoraxError:
+    reason = f"its {packed.size_bytes} bytes do not fit the adapter bank (--adapter-bank-bytes)"
+    return AdapterInvalid(version.adapter_id, "its weights", reason)
 
 
-def _answer(reply: asyncio.Future[T], work: Callable[[], T]) -> None:
+def _answer(reply: asyncio.Future[T], work: Callable[[M], T], message: M) -> None:
+    """The caller gets the result or the error, whatever it is; the actor goes on."""
     if reply.done():
         return
     try:
-        reply.set_result(work())
-    except JLoraxError as error:
+        reply.set_result(work(message))
+    except Exception as error:
         reply.set_exception(error)
+
+
+async def _answer_from_thread(reply: asyncio.Future[T], work: Callable[[M], T], message: M) -> None:
+    """As ``_answer``, for work that walks a disk: the loop goes on. The actor waits, so that its
+    books keep one writer."""
+    try:
+        result = await asyncio.to_thread(work, message)
+    except Exception as error:
+        if not reply.done():
+            reply.set_exception(error)
+    else:
+        if not reply.done():
+            reply.set_result(result)

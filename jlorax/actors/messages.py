@@ -43,20 +43,39 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class AdapterAtHand:
+    """Its weights are in RAM or in the bank."""
+
+    version: AdapterVersion
+
+
+@dataclass(frozen=True)
+class AdapterLoading:
+    """It was acquired and its weights are not in RAM: they are loaded first."""
+
+    version: AdapterVersion
+
+
+@dataclass(frozen=True)
+class AdapterUnloadable:
+    """Its load failed before anybody acquired it."""
+
+    version: AdapterVersion
+    error: JLoraxError
+
+
+@dataclass(frozen=True)
 class AdapterReady:
+    """An Acquire's answer: pinned, and its write is on the way to the device."""
+
     version: AdapterVersion
     slot: int
 
 
 @dataclass(frozen=True)
-class AdapterWaits:
-    """Its weights are in RAM and every slot or page it needs is pinned."""
-
-    version: AdapterVersion
-
-
-@dataclass(frozen=True)
 class AdapterFailed:
+    """An Acquire's other answer."""
+
     version: AdapterVersion
     error: JLoraxError
 
@@ -92,6 +111,13 @@ class Resolve:
 
 @dataclass(frozen=True)
 class Prefetch:
+    """A request that names it was queued; Forget follows when that request is over."""
+
+    version: AdapterVersion
+
+
+@dataclass(frozen=True)
+class Forget:
     version: AdapterVersion
 
 
@@ -141,11 +167,21 @@ class ListAdapters:
 
 
 IngressMessage = Submit
-SchedulerMessage = Admit | Wake | StepDone | AdapterReady | AdapterWaits | AdapterFailed
+SchedulerMessage = (
+    Admit
+    | Wake
+    | StepDone
+    | AdapterAtHand
+    | AdapterLoading
+    | AdapterUnloadable
+    | AdapterReady
+    | AdapterFailed
+)
 RunnerMessage = RunStep | WriteSlot | DeviceFault
 CacheMessage = (
     Resolve
     | Prefetch
+    | Forget
     | Acquire
     | Release
     | Loaded

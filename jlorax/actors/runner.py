@@ -7,6 +7,7 @@ are read; a slot's write lies between the steps it was sent between.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from jlorax.actors.mailbox import Mailbox
@@ -57,7 +58,7 @@ class Runner:
     def _write(self, write: SlotWrite) -> None:
         self._device.write_slot(write)
 
-    def _guarded(self, work, *arguments) -> None:  # type: ignore[no-untyped-def]
+    def _guarded(self, work: Callable[..., None], *arguments: object) -> None:
         try:
             work(*arguments)
         except Exception as error:

@@ -7,11 +7,14 @@ import time
 from jlorax.actors.mailbox import Mailbox
 from jlorax.actors.messages import (
     Acquire,
+    AdapterAtHand,
     AdapterFailed,
+    AdapterLoading,
     AdapterReady,
-    AdapterWaits,
+    AdapterUnloadable,
     Admit,
     CacheMessage,
+    Forget,
     Prefetch,
     Release,
     RunnerMessage,
@@ -25,6 +28,7 @@ from jlorax.errors import JLoraxError
 from jlorax.metrics import Metrics
 from jlorax.scheduling.policy import Emission, Policy
 from jlorax.scheduling.sequence import Sequence
+from jlorax.types import AdapterVersion
 
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
 
@@ -47,27 +51,37 @@ class Scheduler:
 
     async def run(self) -> None:
         async for message in self._inbox:
-            match message:
-                case Admit(sequence):
-                    self._admit(sequence)
-                case StepDone(plan, output):
-                    self._num_in_flight -= 1
-                    for emission in self._policy.complete(plan, output):
-                        self._emit(emission)
-                case AdapterReady(version, slot):
-                    self._policy.pins.ready(version, slot)
-                case AdapterWaits(version):
-                    self._policy.pins.waits_for_slot(version, time.monotonic())
-                case AdapterFailed(version, error):
-                    self._policy.pins.failed(version)
-                    for sequence in self._policy.waiting_for(version):
-                        self._fail(sequence, error)
-                case Wake():
-                    pass
-            self._mark_cancelled()
-            self._policy.remove_over()
-            self._update_pins()
-            await self._launch()
+            self._take(message)
+            if not len(self._inbox):  # what came together is decided together
+                self._decide(time.monotonic())
+
+    def _take(self, message: SchedulerMessage) -> None:
+        match message:
+            case Admit(sequence):
+                self._admit(sequence)
+            case Wake():
+                pass
+            case StepDone(plan, output):
+                self._num_in_flight -= 1
+                for emission in self._policy.complete(plan, output):
+                    self._emit(emission)
+            case AdapterAtHand(version):
+                self._policy.at_hand(version, time.monotonic())
+            case AdapterLoading(version):
+                self._policy.not_at_hand(version)
+            case AdapterUnloadable(version, error):
+                self._fail_waiting(version, error)
+            case AdapterReady(version, slot):
+                self._policy.pins.ready(version, slot)
+            case AdapterFailed(version, error):
+                self._policy.pins.failed(version)
+                self._fail_waiting(version, error)
+
+    def _decide(self, now_s: float) -> None:
+        self._mark_cancelled()
+        self._remove_over()
+        self._update_pins(now_s)
+        self._launch(now_s)
 
     def _admit(self, sequence: Sequence) -> None:
         self._policy.add(sequence)
@@ -79,21 +93,27 @@ class Scheduler:
             stream: TokenStream = sequence.stream
             sequence.is_cancelled = sequence.is_cancelled or stream.is_cancelled
 
-    def _update_pins(self) -> None:
-        changes = self._policy.update_pins(time.monotonic())
+    def _remove_over(self) -> None:
+        for sequence in self._policy.remove_over():
+            if sequence.version is not None:
+                self._cache.post(Forget(sequence.version))
+
+    def _update_pins(self, now_s: float) -> None:
+        changes = self._policy.update_pins(now_s)
         for version in changes.release:
             self._cache.post(Release(version))
         for version in changes.acquire:
             self._cache.post(Acquire(version))
 
-    async def _launch(self) -> None:
+    def _launch(self, now_s: float) -> None:
         while self._num_in_flight < MAX_STEPS_IN_FLIGHT:
-            plan = self._policy.plan(time.monotonic())
+            plan = self._policy.plan(now_s)
             if plan is None:
                 return
             self._num_in_flight += 1
             self._metrics.step("decode" if plan.shape.tile == 1 else "extend", plan.num_tokens)
-            await self._runner.put(RunStep(plan))
+            # In the lane of the cache's writes: a write must never pass a step sent before it.
+            self._runner.post(RunStep(plan))
 
     def _emit(self, emission: Emission) -> None:
         stream: TokenStream = emission.sequence.stream
@@ -103,6 +123,8 @@ class Scheduler:
             )
         )
 
-    def _fail(self, sequence: Sequence, error: JLoraxError) -> None:
-        sequence.is_cancelled = True
-        sequence.stream.fail(error)
+    def _fail_waiting(self, version: AdapterVersion, error: JLoraxError) -> None:
+        for sequence in self._policy.waiting_for(version):
+            sequence.is_cancelled = True
+            stream: TokenStream = sequence.stream
+            stream.fail(error)

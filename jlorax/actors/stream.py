@@ -44,6 +44,9 @@ class TokenStream:
         return self._ended
 
     def put(self, item: Item) -> None:
+        """Adds an item; one that comes after the end is dropped."""
+        if self._ended:
+            return
         self._items.append(item)
         self._ended = isinstance(item, StreamToken) and item.finish_reason is not None
         self._ready.set()

@@ -107,6 +107,13 @@ class Registry:
         self._supersede(record)
         return record.version
 
+    def registered_version(self, adapter_id: str, tenant: str = DEFAULT_TENANT) -> AdapterVersion:
+        """The last version of a registered name, whatever became of its files."""
+        record = self._current.get(_Name(tenant, adapter_id, "registered"))
+        if record is None:
+            raise AdapterNotFound(adapter_id)
+        return record.version
+
     def resolve(self, tenant: str, adapter_id: str, source: str | None = None) -> AdapterVersion:
         """The version that a request of this tenant means by the name, now.
 

@@ -63,7 +63,7 @@ class Policy:
         self.config = config
         self.pool = PagePool(config.num_pages, config.page_size)
         self.pins = PinBook(config.num_slots)
-        self.waiting: list[Sequence] = []  # by order of arrival
+        self.waiting: list[Sequence] = []  # preempted ones first; both by order of arrival
         self.running: list[Sequence] = []  # by order of arrival
         self.num_preemptions = 0
         self._decode_shapes = tuple(s for s in config.shapes if s.tile == 1)
@@ -83,56 +83,82 @@ class Policy:
         self._num_added += 1
         self.waiting.append(sequence)
 
-    def remove_over(self) -> None:
+    def remove_over(self) -> list[Sequence]:
         """Takes out every sequence that ended or was cancelled; its pages and row are free."""
-        for sequence in [s for s in self.running if s.is_over]:
-            self._vacate(sequence)
-        self.waiting = [s for s in self.waiting if not s.is_over]
-
-    def waiting_for(self, version: AdapterVersion) -> list[Sequence]:
-        return [s for s in self.waiting if s.version == version]
+        over = [s for s in (*self.running, *self.waiting) if s.is_over]
+        for sequence in over:
+            if sequence.row is not None:
+                self._vacate(sequence)
+        if over:
+            self.waiting = [s for s in self.waiting if not s.is_over]
+        return over
 
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
 
+    # ---- adapters
+
+    def waiting_for(self, version: AdapterVersion) -> list[Sequence]:
+        """Those that cannot start without it; a preempted one has it still."""
+        return [s for s in self.waiting if s.version == version and not s.is_started]
+
+    def at_hand(self, version: AdapterVersion, now_s: float) -> None:
+        """Its weights are in RAM or in the bank; from now on only a slot is waited for."""
+        for sequence in self.waiting_for(version):
+            if sequence.at_hand_since_s is None:
+                sequence.at_hand_since_s = now_s
+
+    def not_at_hand(self, version: AdapterVersion) -> None:
+        """Its weights left the RAM before it got a slot; they are on their way again."""
+        for sequence in self.waiting_for(version):
+            sequence.at_hand_since_s = None
+
     def update_pins(self, now_s: float) -> PinChanges:
-        """What to acquire and release: running adapters, then the next ones in order."""
+        """What to acquire and release."""
         return self.pins.update(self._wanted_versions(now_s))
 
     def _wanted_versions(self, now_s: float) -> Iterator[AdapterVersion]:
-        for sequence in self.running:
-            if sequence.version is not None:
-                yield sequence.version
-        for sequence in self.waiting:
-            if sequence.version is not None:
-                yield sequence.version
-                if self._must_drain_for(sequence, now_s):
-                    return
+        """Whoever started keeps its slot; then in order: those at hand, those still to be loaded.
+
+        So no slot waits for a disk while somebody could use it. Versions of started sequences are
+        never more than the slots: each was pinned when its sequence started.
+        """
+        loading = []
+        for sequence in (*self.running, *self.waiting):
+            if sequence.version is None:
+                continue
+            if not sequence.is_started and sequence.at_hand_since_s is None:
+                loading.append(sequence.version)
+                continue
+            yield sequence.version
+            if self._must_drain_for(sequence, now_s):
+                return
+        yield from loading
 
     # ---- planning
 
     def plan(self, now_s: float) -> StepPlan | None:
-        """The next step, or None when nothing can run. Extend and decode steps take turns."""
-        self.remove_over()
-        planners = [self._plan_extend, self._plan_decode]
-        if self._last_was_extend:
-            planners.reverse()
-        for planner in planners:
-            plan = planner(now_s)
-            if plan is not None:
-                self._last_was_extend = planner == self._plan_extend
-                return plan
-        return None
+        """The next step, or None when nothing can run. Extend and decode steps take turns.
 
-    def _plan_decode(self, now_s: float) -> StepPlan | None:
+        To be called when ``remove_over`` and ``update_pins`` have been.
+        """
+        if self._last_was_extend:
+            plan = self._plan_decode() or self._plan_extend(now_s)
+        else:
+            plan = self._plan_extend(now_s) or self._plan_decode()
+        if plan is not None:
+            self._last_was_extend = plan.shape.tile > 1
+        return plan
+
+    def _plan_decode(self) -> StepPlan | None:
         chosen: list[Sequence] = []
         for sequence in list(self.running):
             if len(chosen) == self._decode_capacity:
                 break
             if sequence.row is None or not sequence.can_decode:
-                continue
-            if self._grow(sequence, sequence.num_computed + 1, chosen):
+                continue  # preempted in this very loop, or not its turn
+            if self._grow(sequence):
                 chosen.append(sequence)
         if not chosen:
             return None
@@ -147,61 +173,59 @@ class Policy:
         chunks: list[Chunk] = []
         tokens_left = self._extend_capacity
         for sequence in self._extend_candidates(now_s):
-            count = min(sequence.num_prefill - sequence.num_computed, tokens_left)
-            end = sequence.num_computed + count
-            if not self._grow(sequence, end, [chunk.sequence for chunk in chunks]):
-                continue
-            chunks.append(
-                Chunk(
-                    sequence,
-                    sequence.num_computed,
-                    count,
-                    self._slot(sequence),
-                    end == sequence.num_prefill,
-                )
-            )
+            start, slot = sequence.num_computed, self._slot(sequence)
+            count = min(sequence.num_prefill - start, tokens_left)
+            final = start + count == sequence.num_prefill
+            chunks.append(Chunk(sequence, start, count, slot, final))
             tokens_left -= self._padded(count)
-            if tokens_left <= 0:
+            if tokens_left == 0:
                 break
         if not chunks:
             return None
-        shape = self._shape(
-            self._extend_shapes, self._extend_capacity - tokens_left, [c.sequence for c in chunks]
-        )
+        num_tokens = self._extend_capacity - tokens_left
+        shape = self._shape(self._extend_shapes, num_tokens, [c.sequence for c in chunks])
         plan = self._builder.extend(shape, chunks)
         self._launch(chunks)
         return plan
 
     def _extend_candidates(self, now_s: float) -> Iterator[Sequence]:
-        """Running sequences with prompt left, then waiting ones as they can be admitted."""
-        for sequence in list(self.running):
-            if sequence.row is not None and sequence.needs_extend:
-                yield sequence
+        """Running sequences with prompt left, then waiting ones as they are admitted.
+
+        Nobody passes a sequence that lacks a row or pages, or is preempted and has its last tokens
+        still on the device; many pass one that lacks a slot, until it must be drained for, and then
+        those without an adapter.
+        """
+        yield from [s for s in self.running if s.needs_extend]
+        draining = False
         for sequence in list(self.waiting):
-            if sequence.num_in_flight:
-                continue  # preempted, and its last tokens are still on the device
-            if sequence.version is not None and self.pins.slot(sequence.version) is None:
-                if self._must_drain_for(sequence, now_s):
-                    return
-                continue
-            if not self._admit(sequence):
+            if sequence.version is not None:
+                draining = draining or self._must_drain_for(sequence, now_s)
+                if draining or self.pins.slot(sequence.version) is None:
+                    continue
+            if sequence.num_in_flight or not self._admit(sequence):
                 return
             yield sequence
 
     def _must_drain_for(self, sequence: Sequence, now_s: float) -> bool:
-        """A request that waited its time for a slot lets nobody pass, so that slots drain."""
-        if sequence.version is None:
-            return False
-        since = self.pins.waits_for_slot_since(sequence.version)
-        return since is not None and now_s - since > self.config.max_overtake_s
+        """A request that waited its time for a slot alone lets no adapter pass, so slots drain."""
+        since_s = sequence.at_hand_since_s
+        return (
+            sequence.version is not None
+            and not sequence.is_started
+            and since_s is not None
+            and now_s - since_s > self.config.max_overtake_s
+            and self.pins.slot(sequence.version) is None
+        )
 
     def _admit(self, sequence: Sequence) -> bool:
-        """A row, and room for all known tokens, or nothing."""
-        needed = self.pool.pages_for(len(sequence.tokens) + 1)
-        if not self._free_rows or needed > self.pool.num_free:
+        """A row, and pages for all known tokens and the next one; or nothing."""
+        num_tokens = len(sequence.tokens)
+        if not self._free_rows or not self.pool.grow(sequence.pages, num_tokens + 1):
             return False
         sequence.row = self._free_rows.pop()
-        sequence.num_prefill = len(sequence.tokens)
+        sequence.num_prefill = num_tokens
+        sequence.is_started = True
+        self._enter_pages(sequence)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda s: s.order)
         return True
@@ -231,26 +255,27 @@ class Policy:
 
     # ---- pages
 
-    def _grow(self, sequence: Sequence, num_tokens: int, kept: Many[Sequence]) -> bool:
-        """Pages for num_tokens, at the cost of later arrivals; never of those already ``kept``."""
-        held = len(sequence.pages)
-        while not self.pool.grow(sequence.pages, num_tokens):
+    def _grow(self, sequence: Sequence) -> bool:
+        """A page for its next token, at the cost of later arrivals, or at last its own."""
+        num_held = len(sequence.pages)
+        while not self.pool.grow(sequence.pages, sequence.num_computed + 1):
             victim = self.running[-1]
-            if victim in kept:
-                return False
             self._preempt(victim)
             if victim is sequence:
                 return False
-        if len(sequence.pages) > held:
-            self._page_tables[sequence.row, : len(sequence.pages)] = sequence.pages
+        if len(sequence.pages) > num_held:
+            self._enter_pages(sequence)
         return True
 
+    def _enter_pages(self, sequence: Sequence) -> None:
+        self._page_tables[sequence.row, : len(sequence.pages)] = sequence.pages
+
     def _preempt(self, sequence: Sequence) -> None:
-        """Loses its pages and computes its tokens anew later; it keeps its place in the order."""
+        """Loses its pages and computes its tokens anew later, before anybody new starts."""
         self.num_preemptions += 1
         self._vacate(sequence)
         sequence.num_computed = 0
-        insort(self.waiting, sequence, key=lambda s: s.order)
+        insort(self.waiting, sequence, key=lambda s: (not s.is_started, s.order))
 
     def _vacate(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -283,13 +308,24 @@ class Policy:
         return emissions
 
     def check(self) -> None:
-        """Asserts the books: pages, rows, and that nobody is in two lists."""
+        """Asserts the books: pages, rows, slots, order, and that nobody is in two lists."""
         everyone = [*self.running, *self.waiting]
         assert len(set(map(id, everyone))) == len(everyone)
         self.pool.check([s.pages for s in everyone])
         rows = sorted([*self._free_rows, *(s.row for s in self.running if s.row is not None)])
         assert rows == list(range(self.config.max_batch)), rows
         assert all(not s.pages and s.row is None for s in self.waiting)
+        tables = np.zeros_like(self._page_tables)
+        for s in self.running:
+            tables[s.row, : len(s.pages)] = s.pages
+        assert np.array_equal(tables, self._page_tables)
+        assert all(
+            self.pins.slot(s.version) is not None
+            for s in everyone
+            if s.version is not None and s.is_started
+        )
+        assert self.running == sorted(self.running, key=lambda s: s.order)
+        assert self.waiting == sorted(self.waiting, key=lambda s: (not s.is_started, s.order))
 
 
 def _alternatives(results: StepResults, i: int, count: int) -> tuple[tuple[int, float], ...]:

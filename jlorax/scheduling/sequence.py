@@ -28,6 +28,8 @@ class Sequence:
     stream: Any = None
     arrival_s: float = 0.0
     order: int = 0  # of arrival; the latest is preempted first
+    at_hand_since_s: float | None = None  # its adapter's weights are in RAM, a slot is all it lacks
+    is_started: bool = False  # was admitted once: it keeps its adapter's slot until it ends
 
     tokens: list[int] = field(default_factory=list)
     num_prefill: int = 0

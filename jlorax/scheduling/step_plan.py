@@ -16,7 +16,7 @@ _LOW_32 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Chunk:
-    """``count`` consecutive tokens of one sequence; ``final``: the next token is drawn after them."""
+    """``count`` consecutive tokens of a sequence; ``final``: the next token is drawn after them."""
 
     sequence: Sequence
     start: int
@@ -129,7 +129,8 @@ class PlanBuilder:
         for name in SAMPLING_FLOATS:
             views[name][:n] = [getattr(s.sampling, name) for s in sequences]
         views["top_k"][:n] = [s.sampling.top_k for s in sequences]
-        views["seeds"][:n] = [(s.seed >> 32, s.seed & _LOW_32) for s in sequences]
+        views["seeds"][:n, 0] = [s.seed >> 32 for s in sequences]
+        views["seeds"][:n, 1] = [s.seed & _LOW_32 for s in sequences]
 
 
 def smallest(shapes: Iterable[StepShape], num_tokens: int, sampling: bool) -> StepShape | None:
