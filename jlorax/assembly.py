@@ -33,7 +33,7 @@ from jlorax.tokenizer import Tokenizer
 from jlorax.types import ModelInfo, Progress, no_progress
 
 _DEFAULT_MAX_SEQ_LEN = 8192
-_EMPTY_POOL_SHARE = 8  # by default the pool holds max_batch sequences of 1/8 of the context
+_POOL_SHARE = 16  # by default the pool holds max_batch sequences of a sixteenth of the context
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def plan_memory(
     page_bytes = per_token * kv.page_size
     pages_per_sequence = -(-max_seq_len // kv.page_size)
     if kv.cache_bytes is None:
-        share = -(-pages_per_sequence // _EMPTY_POOL_SHARE)
+        share = -(-pages_per_sequence // _POOL_SHARE)
         num_pages = max(pages_per_sequence, config.scheduler.max_batch * share) + 1
     else:
         num_pages = kv.cache_bytes // page_bytes

@@ -72,7 +72,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class KVConfig:
-    """The KV pool. ``cache_bytes`` None: room for max_batch sequences of an eighth of the context."""
+    """The KV pool. ``cache_bytes`` None: room for max_batch sequences of a sixteenth of the context."""
 
     max_seq_len: int | None = None  # None: what the model was trained for, at most 8192
     cache_bytes: int | None = None
@@ -92,7 +92,7 @@ class AdapterConfig:
 
     root: Path | None = None
     named: tuple[tuple[str, Path], ...] = ()
-    bank_bytes: int = 512 * MIB
+    bank_bytes: int = 256 * MIB
     max_slots: int = 64
     max_rank: int = 64
     host_cache_bytes: int = 2 * GIB

@@ -96,7 +96,7 @@ SETTINGS = (
     Setting("port", _whole, "PORT", "port to listen on (default 8080)"),
     Setting("adapter_root", _folder, "DIR", "folder whose sub-folders are adapters"),
     Setting("adapter", _named_adapter, "NAME=DIR", "an adapter by name; may be repeated", True),
-    Setting("adapter_bank_bytes", size_bytes, "B", "device memory for adapters (512MiB)"),
+    Setting("adapter_bank_bytes", size_bytes, "B", "device memory for adapters (256MiB)"),
     Setting("max_slots", _whole, "N", "adapters on the device at once (64)"),
     Setting("max_rank", _whole, "R", "largest LoRA rank served, 1 to 256 (64)"),
     Setting("host_cache_bytes", size_bytes, "B", "RAM for adapters (2GiB)"),
