@@ -1,4 +1,7 @@
-"""Configuration: one frozen dataclass per owner, composed, checked when built. No environment here."""
+"""Configuration: one frozen dataclass per owner, composed, checked when built.
+
+The environment is read in ``servers`` alone.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the base model comes from: a folder, a GGUF file, a hub id, or None: the embedded one."""
+    """Where the base model comes from: a folder, a GGUF file, a hub id; None: the embedded one."""
 
     model: str | None = None
     dtype: str = "float32"
@@ -32,9 +35,9 @@ class ModelSource:
 class StepConfig:
     """The compiled shapes. A step is a decode (a token per sequence) or an extend (prompt chunks).
 
-    ``greedy_buckets`` and ``sampling_buckets`` are decode batch sizes; a step that can sample serves
-    greedy requests too, on a CPU at the same cost. Extend steps can always sample. ``tile`` tokens
-    of an extend step belong to one sequence.
+    ``greedy_buckets`` and ``sampling_buckets`` are decode batch sizes; a step that can sample
+    serves greedy requests too, on a CPU at the same cost. Extend steps can always sample.
+    ``tile`` tokens of an extend step belong to one sequence.
     """
 
     greedy_buckets: tuple[int, ...] = ()
@@ -72,7 +75,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class KVConfig:
-    """The KV pool. ``cache_bytes`` None: room for max_batch sequences of a sixteenth of the context."""
+    """The KV pool. ``cache_bytes`` None: a sixteenth of the context for each of max_batch."""
 
     max_seq_len: int | None = None  # None: what the model was trained for, at most 8192
     cache_bytes: int | None = None

@@ -109,7 +109,16 @@ class Device:
 
 def read(output: StepOutput) -> HostOutput:
     """Waits for a step and copies what it chose. Called from a thread of its own."""
-    return HostOutput(*(None if array is None else np.asarray(array) for array in output))
+    return HostOutput(
+        tokens=np.asarray(output.tokens),
+        logprobs=np.asarray(output.logprobs),
+        top_tokens=_host(output.top_tokens),
+        top_logprobs=_host(output.top_logprobs),
+    )
+
+
+def _host(array: jax.Array | None) -> np.ndarray | None:
+    return None if array is None else np.asarray(array)
 
 
 def empty_kv_pools(model: BaseModel, sizes: DeviceSizes) -> list[jax.Array]:

@@ -14,6 +14,7 @@ import platform
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def num_compiled() -> int:
     return _num_compiled
 
 
-def _count_compilation(event: str, duration_s: float, **_: Any) -> None:
+def _count_compilation(event: str, duration_secs: float, **_: Any) -> None:
     global _num_compiled
     if event == "/jax/core/compile/backend_compile_duration":
         _num_compiled += 1
@@ -43,7 +44,7 @@ jax.monitoring.register_event_duration_secs_listener(_count_compilation)
 
 
 class ExecutableStore:
-    """A folder of compiled executables. A file that cannot be used is compiled anew, never fatal."""
+    """A folder of compiled executables. One that cannot be used is compiled anew, never fatal."""
 
     def __init__(self, folder: Path | None, context: str) -> None:
         """``context``: a text that names all shapes; ``folder`` None keeps nothing."""
@@ -111,7 +112,7 @@ def _environment() -> str:
     return "\n".join(
         [
             jax.__version__,
-            jax.lib.__version__,
+            version("jaxlib"),
             device.platform,
             device.device_kind,
             str(jax.config.values.get("jax_default_matmul_precision")),

@@ -1,4 +1,4 @@
-"""The step: one packed int32 vector in, the next tokens out; everything else stays on the device."""
+"""The step: one packed int32 vector in, the next tokens out; all else stays on the device."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from jlorax.layout import SAMPLING_FLOATS, BankLayout, StepLayout
 from jlorax.models.layers import TokenBatch
 from jlorax.models.lora import Bank, LoraBatch
 from jlorax.models.weights import BaseModel
+
+_ROWS_PER_PART = 8
 
 
 class RowState(NamedTuple):
@@ -126,8 +128,23 @@ def _choose(
         seeds=inputs["seeds"],
         positions=inputs["positions"][inputs["out_index"]] + 1,
     )
-    drawn = sampling.sample(logits, parameters, rows.seen[out_rows], rows.counts[out_rows])
-    return StepOutput(*drawn, *sampling.alternatives(logits))
+
+    def choose(part: tuple[jax.Array, SamplingRows, jax.Array]) -> StepOutput:
+        logits, parameters, row = part
+        drawn = sampling.sample(logits, parameters, rows.seen[row], rows.counts[row])
+        return StepOutput(*drawn, *sampling.alternatives(logits))
+
+    return _in_parts(choose, (logits, parameters, out_rows), logits.shape[0])
+
+
+def _in_parts(choose: Callable[[Any], StepOutput], whole: Any, num_rows: int) -> StepOutput:
+    """A few rows at a time: sampling keeps half a dozen arrays of [rows, V] alive at once."""
+    size = max(d for d in range(1, _ROWS_PER_PART + 1) if num_rows % d == 0)
+    if size == num_rows:
+        return choose(whole)
+    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), whole)
+    chosen = lax.map(choose, parts)
+    return StepOutput(*(x.reshape(num_rows, *x.shape[2:]) for x in chosen))
 
 
 def step_arguments(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlorax.errors import ModelInvalid, UnsupportedModel
+from jlorax.errors import JLoraxError, ModelInvalid, UnsupportedModel
 from jlorax.types import Projection
 
 
@@ -30,8 +31,11 @@ class Rope:
 
 @dataclass(frozen=True)
 class DynamicRope:
-    """NTK-aware scaling beyond ``max_position`` (transformers, ``_compute_dynamic_ntk_parameters``):
-    theta' = theta * (factor * n / max_position - (factor - 1)) ** (dim / (dim - 2)), n the length."""
+    """NTK-aware scaling of a sequence longer than ``max_position``; n is its length.
+
+    theta' = theta * (factor * n / max_position - (factor - 1)) ** (dim / (dim - 2))
+    transformers, ``_compute_dynamic_ntk_parameters``.
+    """
 
     theta: float
     factor: float
@@ -120,7 +124,7 @@ def _projections(
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Reads ``folder/config.json``. Raises ModelInvalid, or UnsupportedModel naming what is not ours."""
+    """Reads ``folder/config.json``. ModelInvalid, or UnsupportedModel naming what is not ours."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -133,6 +137,17 @@ def read_config(folder: Path) -> ModelConfig:
 
 def parse_config(raw: dict[str, Any], origin: str) -> ModelConfig:
     """A decoded config.json -> ModelConfig; ``origin`` names it in errors."""
+    if not isinstance(raw, dict):
+        raise ModelInvalid(f"{origin}: holds a {type(raw).__name__}; it must be an object")
+    try:
+        return _parse(raw, origin)
+    except JLoraxError:
+        raise
+    except Exception as error:  # a user's file, and transformers' validators raise many kinds
+        raise ModelInvalid(f"{origin}: {type(error).__name__}: {error}") from error
+
+
+def _parse(raw: dict[str, Any], origin: str) -> ModelConfig:
     from transformers import CONFIG_MAPPING
 
     model_type = raw.get("model_type")
@@ -143,11 +158,7 @@ def parse_config(raw: dict[str, Any], origin: str) -> ModelConfig:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unnamed")
         raise UnsupportedModel(f"{origin}: quantised weights ({method}) are not supported")
-    try:
-        config = CONFIG_MAPPING[model_type].from_dict(raw)
-        return _READERS[model_type](config, origin)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ModelInvalid(f"{origin}: {error}") from error
+    return _READERS[model_type](CONFIG_MAPPING[model_type].from_dict(raw), origin)
 
 
 def _read_llama(config: Any, origin: str) -> LlamaConfig:
@@ -194,11 +205,18 @@ def _read_falcon(config: Any, origin: str) -> FalconConfig:
 
 
 FALCON_ACTIVATIONS = ("gelu", "gelu_new", "relu", "silu")
-_READERS = {"llama": _read_llama, "mistral": _read_llama, "falcon": _read_falcon}
+_READERS: dict[str, Callable[[Any, str], ModelConfig]] = {
+    "llama": _read_llama,
+    "mistral": _read_llama,
+    "falcon": _read_falcon,
+}
 KNOWN_ARCHITECTURES = tuple(sorted(_READERS))
 
 
 def _shape(config: Any, num_kv_heads: int, head_dim: int) -> ModelShape:
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.num_attention_heads % num_kv_heads:
         raise ValueError(
             f"{config.num_attention_heads} heads cannot be shared by {num_kv_heads} kv heads"
@@ -210,8 +228,15 @@ def _shape(config: Any, num_kv_heads: int, head_dim: int) -> ModelShape:
         num_heads=config.num_attention_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_seq_len=config.max_position_embeddings,
+        max_seq_len=_max_seq_len(config),
     )
+
+
+def _max_seq_len(config: Any) -> int:
+    """Dynamic RoPE keeps the trained length in max_position_embeddings and reaches beyond it."""
+    params = config.rope_parameters or {}
+    stretch = params.get("factor", 1.0) if params.get("rope_type") == "dynamic" else 1.0
+    return int(config.max_position_embeddings * stretch)
 
 
 def _rope(config: Any, head_dim: int, origin: str) -> Rope:

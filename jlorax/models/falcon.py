@@ -71,7 +71,7 @@ def split_heads(fused: jax.Array, shape: ModelShape) -> tuple[jax.Array, jax.Arr
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:
-    """Geometric slopes; heads beyond a power of two interleave. Press et al. 2021, arXiv:2108.12409."""
+    """Geometric; heads beyond a power of two interleave. Press et al. 2021, arXiv:2108.12409."""
     floor = 2 ** math.floor(math.log2(num_heads))
 
     def series(count: int, step: int, of: int) -> list[float]:
@@ -155,7 +155,7 @@ def has_ffn_norm(config: FalconConfig) -> bool:
 
 def tensor_names(config: FalconConfig) -> dict[str, tuple[str, ...]]:
     """Parameter path -> the file's tensors."""
-    names = {
+    names: dict[str, tuple[str, ...]] = {
         "embedding.weight": ("transformer.word_embeddings.weight",),
         "norm.weight": ("transformer.ln_f.weight",),
         "norm.bias": ("transformer.ln_f.bias",),

@@ -35,7 +35,7 @@ class Rotation(NamedTuple):
 
 
 class Site(nnx.Module):
-    """Projections that read the same input, as one matrix product: y_i = x @ W_i (+ b_i) + LoRA_i."""
+    """Projections of one input, as one matrix product: y_i = x @ W_i (+ b_i) + LoRA_i."""
 
     def __init__(
         self, names: tuple[str, ...], d_in: int, d_out: tuple[int, ...], bias: bool, dtype: str

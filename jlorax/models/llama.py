@@ -110,7 +110,7 @@ class Llama(nnx.Module):
 
 def tensor_names(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
     """Parameter path -> the file's tensors; several are joined along d_out."""
-    names = {
+    names: dict[str, tuple[str, ...]] = {
         "embedding.weight": ("model.embed_tokens.weight",),
         "norm.weight": ("model.norm.weight",),
     }

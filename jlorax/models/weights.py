@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from jlorax.models.config import LlamaConfig, ModelConfig
 from jlorax.types import Progress, no_progress
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_FILE_DTYPES = ("float32", "float16", "bfloat16", "float64")
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -45,20 +47,19 @@ class BaseModel:
 def load_model(
     folder: Path, config: ModelConfig, dtype: str, progress: Progress = no_progress
 ) -> BaseModel:
-    """Reads every weight the config asks for. Raises ModelInvalid listing what is missing or left."""
+    """Reads every weight the config asks for; ModelInvalid lists what is missing or left over."""
     paths, treedef, graphdef, shapes = _outline(config, dtype)
     names = _tensor_names(config)
     with ExitStack() as stack:
         tensors = _open_tensors(folder, stack)
         _check_complete(folder, names, tensors.keys(), config)
+        wanted = _file_shapes(config)
         leaves = []
         for i, (path, shape) in enumerate(zip(paths, shapes, strict=True)):
-            leaf = _assemble(path, [tensors[name]() for name in names[path]])
-            if leaf.shape != shape:
-                raise ModelInvalid(
-                    f"{folder}: {', '.join(names[path])}: shape {leaf.shape} does not fit the "
-                    f"config, which asks for {shape}"
-                )
+            parts = [tensors[name]() for name in names[path]]
+            for name, part in zip(names[path], parts, strict=True):
+                _check_tensor(folder, name, part, wanted.get(name, shape))
+            leaf = _assemble(path, parts)
             leaves.append(jnp.asarray(leaf.astype(_DTYPES[dtype], copy=False)))
             progress("loading weights", (i + 1) / len(paths))
     return BaseModel(config, dtype, leaves, _merger(treedef, graphdef))
@@ -95,11 +96,16 @@ def _dummy_leaf(key: jax.Array, path: str, shape: tuple[int, ...], dtype: str) -
 
 def _outline(config: ModelConfig, dtype: str) -> tuple[list[str], Any, Any, list[tuple[int, ...]]]:
     """Paths, tree, graph and shapes of the model's parameters, without allocating them."""
-    build = llama.Llama if isinstance(config, LlamaConfig) else falcon.Falcon
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(config, dtype)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: _build(config, dtype)))
     flat, treedef = jax.tree_util.tree_flatten_with_path(state)
     paths = [".".join(_key(k) for k in path if _key(k) != "value") for path, _ in flat]
     return paths, treedef, graphdef, [leaf.shape for _, leaf in flat]
+
+
+def _build(config: ModelConfig, dtype: str) -> nnx.Module:
+    if isinstance(config, LlamaConfig):
+        return llama.Llama(config, dtype)
+    return falcon.Falcon(config, dtype)
 
 
 def _key(entry: Any) -> str:
@@ -126,6 +132,27 @@ def _assemble(path: str, tensors: list[np.ndarray]) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate(tensors).T)
 
 
+def _file_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Projections as files have them, [d_out, d_in]; every other tensor is shaped as its leaf."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for p in config.projections():
+        for layer in range(p.num_layers):
+            shapes[f"{p.module(layer)}.weight"] = (p.d_out, p.d_in)
+            shapes[f"{p.module(layer)}.bias"] = (p.d_out,)
+    return shapes
+
+
+def _check_tensor(folder: Path, name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> None:
+    if tensor.dtype.name not in _FILE_DTYPES:
+        known = ", ".join(_FILE_DTYPES)
+        raise ModelInvalid(f"{folder}: {name}: holds {tensor.dtype.name}; allowed are: {known}")
+    if tensor.shape != shape:
+        raise ModelInvalid(
+            f"{folder}: {name}: shape {tensor.shape} does not fit the config, which asks for "
+            f"{shape}"
+        )
+
+
 def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Callable[[], np.ndarray]]:
     """Tensor name -> a function that reads it."""
     tensors: dict[str, Callable[[], np.ndarray]] = {}
@@ -135,7 +162,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Callable[[], np.n
         except (SafetensorError, OSError) as error:
             raise ModelInvalid(f"{shard}: {error}") from error
         for name in file.keys():  # noqa: SIM118 - not a mapping
-            tensors[name] = lambda file=file, name=name: file.get_tensor(name)
+            tensors[name] = partial(file.get_tensor, name)
     return tensors
 
 
@@ -148,7 +175,7 @@ def _shards(folder: Path) -> Iterator[Path]:
         raise ModelInvalid(f"{folder}: holds neither {_SINGLE} nor {_INDEX}")
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelInvalid(f"{index}: is not an index of shards: {error!r}") from error
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:

@@ -4,10 +4,10 @@ For token t of block b = t // (T / NB), a projection's rank pages i in [0, num_p
 
     delta[t] = sum_i ((x[t] @ A[a_pages[b, i]]^T) * scale[b]) @ B[b_pages[b, i]]
 
-    x: [T, D]                     T a multiple of NB: NB blocks of consecutive rows, one adapter each
+    x: [T, D]                     NB blocks of T / NB consecutive rows, one adapter each
     a_pool: [P, L, 8, D]          rank pages (8 columns of rank, every layer) of width D
     b_pool: [P, L, 8, N]          rank pages of width N
-    a_pages, b_pages: i32[NB, W]  W a multiple of 2; entries past an adapter's rank name the zero page
+    a_pages, b_pages: i32[NB, W]  W even; entries past an adapter's rank name the zero page
     num_pages: i32[]              the most pages that any block of this step has: 0 costs nothing
     scale: f32[NB]                alpha / rank (rsLoRA: alpha / sqrt(rank)) of this layer
 """

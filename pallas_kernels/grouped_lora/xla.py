@@ -37,9 +37,7 @@ def _together(blocks: jax.Array, projection: ProjectionPages, layer: int) -> jax
         expand = _gather(projection.b_pool, projection.b_pages, i, layer)
         inner = jnp.einsum("bmd,brd->bmr", blocks, shrink, preferred_element_type=jnp.float32)
         inner = (inner * projection.scale[:, None, None]).astype(blocks.dtype)
-        return delta + jnp.einsum(
-            "bmr,brn->bmn", inner, expand, preferred_element_type=jnp.float32
-        )
+        return delta + jnp.einsum("bmr,brn->bmn", inner, expand, preferred_element_type=jnp.float32)
 
     zeros = jnp.zeros((*blocks.shape[:2], projection.b_pool.shape[-1]), jnp.float32)
     turns = (projection.num_pages + _PAGES_PER_TURN - 1) // _PAGES_PER_TURN

@@ -2,7 +2,8 @@
 
 For query i of tile n, standing at position p = q_positions[n, i] of its sequence:
 
-    out[n, i] = sum_j softmax_j(scale * (q . k_j + alibi * j)) v_j     over max(0, p - window + 1) <= j <= p
+    out[n, i] = sum_j softmax_j(scale * (q . k_j + alibi * j)) v_j
+                over max(0, p - window + 1) <= j <= p
 
     q: [N, Q, H, h]                N tiles of Q queries; a tile belongs to one sequence
     pool: [P, 2, K, page_size, h]  keys at [:, 0], values at [:, 1]; H is a multiple of K

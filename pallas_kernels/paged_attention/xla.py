@@ -43,7 +43,7 @@ def paged_attention(
         positions = page * page_size + jnp.arange(page_size)
         scores = scores.reshape(num_tiles, num_kv, group, tile, page_size)
         if bias is not None:
-            scores += (bias * positions.astype(jnp.bfloat16)).astype(jnp.float32)[:, :, None]
+            scores += _bf16(bias * _bf16(positions.astype(jnp.float32)))[:, :, None]
         visible = _visible(positions, q_positions, window)[:, None, None]
         scores = jnp.where(visible, scores * scale, _MASKED)
         new_top = jnp.maximum(top, scores.max(-1))
@@ -93,4 +93,9 @@ def _page_range(
 def _alibi(slopes: tuple[float, ...] | None, num_kv: int, group: int) -> jax.Array | None:
     if slopes is None:
         return None
-    return jnp.asarray(slopes, jnp.bfloat16).reshape(num_kv, group, 1)
+    return _bf16(jnp.asarray(slopes, jnp.float32)).reshape(num_kv, group, 1)
+
+
+def _bf16(x: jax.Array) -> jax.Array:
+    """f32 rounded to bf16's precision; a cast there and back XLA is free to leave out."""
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
