@@ -90,6 +90,11 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
         pool_pages=plan.pool_pages,
     )
     device = Device(model, layout, sizes, plan.shapes, config.executable_dir, progress)
+    loader, host_tier = (
+        Loader(layout, disk),
+        HostTier[PackedAdapter](config.adapters.host_cache_bytes),
+    )
+    preload_adapters(registry, loader, host_tier, progress)
     return Parts(
         config=config,
         model_info=_model_info(config, model_config, model_id, plan, tokenizer),
@@ -98,8 +103,8 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
         device=device,
         policy=Policy(_policy_config(config, sizes, plan)),
         registry=registry,
-        loader=Loader(layout, disk),
-        host_tier=HostTier(config.adapters.host_cache_bytes),
+        loader=loader,
+        host_tier=host_tier,
         slots=SlotTable(plan.max_slots, plan.pool_pages),
         metrics=Metrics(),
     )
@@ -152,6 +157,22 @@ def build_registry(config: EngineConfig, model_id: str) -> Registry:
     for name, folder in config.adapters.named:
         registry.register(name, folder)
     return registry
+
+
+def preload_adapters(
+    registry: Registry,
+    loader: Loader,
+    host_tier: HostTier[PackedAdapter],
+    progress: Progress = no_progress,
+) -> None:
+    """Named adapters are read and checked now, into RAM while there is room; a bad one stops the
+    start. Folders under the root wait for their first request."""
+    named = [record for record in registry.list() if record.source == "registered"]
+    for i, record in enumerate(named):
+        packed, _ = loader.load(record)
+        if host_tier.used_bytes + packed.size_bytes <= host_tier.max_bytes:
+            host_tier.put(record.version, packed, packed.size_bytes)
+        progress("loading adapters", (i + 1) / len(named))
 
 
 def plan_memory(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from jlorax.errors import InvalidRequest, ModelInvalid
+from jlorax.hugging_face import import_transformers
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -60,7 +60,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """From a model's folder, without the network and without running code from it."""
-        auto_tokenizer = _import_auto_tokenizer()
+        auto_tokenizer = import_transformers("AutoTokenizer")
         try:
             hf = auto_tokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
@@ -352,18 +352,3 @@ def _declared_eos(folder: Path) -> set[int]:
         if eos is not None:
             return {eos} if isinstance(eos, int) else set(eos)
     return set()
-
-
-def _import_auto_tokenizer() -> Any:
-    """transformers, without its advice to install torch; imported late, for it takes a second."""
-    logger = logging.getLogger("transformers")
-    logger.addFilter(_is_not_torch_advice)
-    try:
-        from transformers import AutoTokenizer
-    finally:
-        logger.removeFilter(_is_not_torch_advice)
-    return AutoTokenizer
-
-
-def _is_not_torch_advice(record: logging.LogRecord) -> bool:
-    return "PyTorch was not found" not in record.getMessage()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,6 +38,7 @@ def with_adapters(config: EngineConfig) -> EngineConfig:
 async def demo(config: EngineConfig, server: ServerConfig, once: bool) -> int:
     """Serves, asks, shows; then stays until Ctrl-C unless ``once``."""
     check_port(server)
+    logging.getLogger("jlorax.http").setLevel(logging.WARNING)  # a line a request tears the tables
     with StartProgress() as progress:
         engine = await Engine.start(config, progress)
     async with engine:

@@ -29,13 +29,14 @@ ALLOWED: dict[str, set[str]] = {
         "safetensors",
         "jlorax",
     },
-    "jlorax.tokenizer": {"transformers", "tokenizers", "jlorax.errors"},
+    "jlorax.hugging_face": {"transformers"},
+    "jlorax.tokenizer": {"tokenizers", "jlorax.errors", "jlorax.hugging_face"},
     "jlorax.scheduling": PLAIN | {"numpy"},
     "jlorax.adapters": PLAIN | {"numpy", "safetensors", "ml_dtypes"},
     "pallas_kernels": {"jax", "numpy"},
     "jlorax.models": PLAIN
     | {"pallas_kernels", "flax", "jax", "numpy", "ml_dtypes", "safetensors", "gguf"}
-    | {"tokenizers", "transformers"},
+    | {"tokenizers", "jlorax.hugging_face"},
     "jlorax.device": PLAIN | {"jlorax.models", "flax", "jax", "numpy"},
     "jlorax.actors.runner": PLAIN
     | {"jlorax.device", "jlorax.actors.messages", "jlorax.actors.mailbox"}

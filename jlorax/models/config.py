@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jlorax.errors import JLoraxError, ModelInvalid, UnsupportedModel
+from jlorax.hugging_face import import_transformers
 from jlorax.types import Projection
 
 
@@ -148,8 +149,6 @@ def parse_config(raw: dict[str, Any], origin: str) -> ModelConfig:
 
 
 def _parse(raw: dict[str, Any], origin: str) -> ModelConfig:
-    from transformers import CONFIG_MAPPING
-
     model_type = raw.get("model_type")
     if model_type not in _READERS:
         known = ", ".join(sorted(_READERS))
@@ -158,7 +157,8 @@ def _parse(raw: dict[str, Any], origin: str) -> ModelConfig:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unnamed")
         raise UnsupportedModel(f"{origin}: quantised weights ({method}) are not supported")
-    return _READERS[model_type](CONFIG_MAPPING[model_type].from_dict(raw), origin)
+    mapping = import_transformers("CONFIG_MAPPING")
+    return _READERS[model_type](mapping[model_type].from_dict(raw), origin)
 
 
 def _read_llama(config: Any, origin: str) -> LlamaConfig:
