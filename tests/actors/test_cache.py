@@ -100,7 +100,10 @@ class Bench:
         await self._first(lambda m: m == message)
 
     async def until_ready(self, version: AdapterVersion) -> AdapterReady:
-        return await self._first(lambda m: isinstance(m, AdapterReady) and m.version == version)
+        ready: AdapterReady = await self._first(
+            lambda m: isinstance(m, AdapterReady) and m.version == version
+        )
+        return ready
 
     async def until_type(self, kind: type) -> Any:
         return await self._first(lambda m: isinstance(m, kind))
