@@ -50,10 +50,9 @@ class Site(nnx.Module):
         y = x @ self.weight[...]
         if self.bias is not None:
             y += self.bias[...]
-        if lora is not None:
-            y += jnp.concatenate(lora.deltas(x, self.names, layer), axis=-1).astype(y.dtype)
         ends = [sum(self.d_out[: i + 1]) for i in range(len(self.d_out) - 1)]
-        return tuple(jnp.split(y, ends, axis=-1))
+        parts = tuple(jnp.split(y, ends, axis=-1))
+        return parts if lora is None else lora.add(parts, x, self.names, layer)
 
 
 class Embedding(nnx.Module):
@@ -76,9 +75,7 @@ class Head(nnx.Module):
 def head_logits(x: jax.Array, weight: jax.Array, lora: LoraBatch | None) -> jax.Array:
     """f32[B, V]. The adapter's share is computed from the head's own input, tied or not."""
     logits = jnp.einsum("bd,vd->bv", x, weight, preferred_element_type=jnp.float32)
-    if lora is not None:
-        logits += lora.deltas(x, ("lm_head",), 0)[0]
-    return logits
+    return logits if lora is None else lora.add([logits], x, ("lm_head",), 0)[0]
 
 
 class RMSNorm(nnx.Module):

@@ -1,7 +1,8 @@
-"""The one place where LoRA enters a model: the step's view of the bank, and deltas for a site."""
+"""The one place where LoRA enters a model: the step's view of the bank, added to a site."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,9 +32,11 @@ class LoraBatch:
         self._num_pages = jnp.max(bank.num_pages[slots], axis=0)
         self._scaling = bank.scaling[slots]
 
-    def deltas(self, x: jax.Array, names: tuple[str, ...], layer: int) -> tuple[jax.Array, ...]:
-        """f32 [T, d_out] for each named projection of x: [T, d_in]."""
-        return grouped_lora(x, tuple(self._pages(name, layer) for name in names), layer)
+    def add(
+        self, ys: Sequence[jax.Array], x: jax.Array, names: tuple[str, ...], layer: int
+    ) -> tuple[jax.Array, ...]:
+        """Each named projection's output y: [T, d_out] of x: [T, d_in], with its adapters."""
+        return grouped_lora(ys, x, [self._pages(name, layer) for name in names], layer)
 
     def _pages(self, name: str, layer: int) -> ProjectionPages:
         i = self._layout.index[name]

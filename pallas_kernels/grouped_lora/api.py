@@ -2,8 +2,9 @@
 
 For token t of block b = t // (T / NB), a projection's rank pages i in [0, num_pages):
 
-    delta[t] = sum_i ((x[t] @ A[a_pages[b, i]]^T) * scale[b]) @ B[b_pages[b, i]]
+    y[t] += sum_i ((x[t] @ A[a_pages[b, i]]^T) * scale[b]) @ B[b_pages[b, i]]
 
+    y: [T, N]                     summed in f32
     x: [T, D]                     NB blocks of T / NB consecutive rows, one adapter each
     a_pool: [P, L, 8, D]          rank pages (8 columns of rank, every layer) of width D
     b_pool: [P, L, 8, N]          rank pages of width N
@@ -14,6 +15,7 @@ For token t of block b = t // (T / NB), a projection's rank pages i in [0, num_p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,7 +35,9 @@ class ProjectionPages(NamedTuple):
 
 
 def grouped_lora(
-    x: jax.Array, projections: tuple[ProjectionPages, ...], layer: int
+    ys: Sequence[jax.Array], x: jax.Array, projections: Sequence[ProjectionPages], layer: int
 ) -> tuple[jax.Array, ...]:
-    """Deltas of projections that share the input x (a site), [T, N_i] in f32 each."""
-    return tuple(xla.grouped_lora(x, p, layer) for p in projections)
+    """The outputs y_i of projections that share the input x (a site), with their adapters added."""
+    return tuple(
+        xla.grouped_lora(y, x, pages, layer) for y, pages in zip(ys, projections, strict=True)
+    )

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from pallas_kernels.grouped_lora.api import ProjectionPages
 
 
-def grouped_lora(x: jax.Array, projection: ProjectionPages, layer: int) -> jax.Array:
-    """As ``api.grouped_lora`` for one projection: [T, N] in f32."""
+def grouped_lora(y: jax.Array, x: jax.Array, projection: ProjectionPages, layer: int) -> jax.Array:
+    """As ``api.grouped_lora`` for one projection: [T, N] in y's dtype."""
     num_blocks = projection.a_pages.shape[0]
     rows = x.shape[0] // num_blocks
     deltas = []
@@ -23,4 +23,4 @@ def grouped_lora(x: jax.Array, projection: ProjectionPages, layer: int) -> jax.A
         block = x[b * rows : (b + 1) * rows].astype(jnp.float32)
         inner = (block @ a.astype(jnp.float32).T) * projection.scale[b]
         deltas.append(inner @ expand.astype(jnp.float32))
-    return jnp.concatenate(deltas)
+    return (y.astype(jnp.float32) + jnp.concatenate(deltas)).astype(y.dtype)

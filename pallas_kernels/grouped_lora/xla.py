@@ -19,35 +19,39 @@ _PAGES_PER_TURN = 2
 _GATHER_BYTES = 4 << 20  # more than this at once, and blocks are taken one by one
 
 
-def grouped_lora(x: jax.Array, projection: ProjectionPages, layer: int) -> jax.Array:
-    """As ``api.grouped_lora`` for one projection: [T, N] in f32."""
-    num_blocks = projection.a_pages.shape[0]
+def grouped_lora(y: jax.Array, x: jax.Array, projection: ProjectionPages, layer: int) -> jax.Array:
+    """As ``api.grouped_lora`` for one projection: [T, N] in y's dtype.
+
+    The loop starts from y itself: from zeros, XLA would hold a buffer of them for every layer.
+    """
+    num_blocks, width = projection.a_pages.shape[0], y.shape[-1]
     blocks = x.reshape(num_blocks, -1, x.shape[-1])
-    width = projection.b_pool.shape[-1]
+    start = y.reshape(num_blocks, -1, width).astype(jnp.float32)
     wide = num_blocks * _PAGES_PER_TURN * 8 * width * x.dtype.itemsize > _GATHER_BYTES
-    delta = _one_by_one(blocks, projection, layer) if wide else _together(blocks, projection, layer)
-    return delta.reshape(x.shape[0], width)
+    add = _add_one_by_one if wide else _add
+    return add(start, blocks, projection, layer).reshape(y.shape).astype(y.dtype)
 
 
-def _together(blocks: jax.Array, projection: ProjectionPages, layer: int) -> jax.Array:
-    """blocks: [NB, M, D] -> f32[NB, M, N]."""
+def _add(start: jax.Array, blocks: jax.Array, projection: ProjectionPages, layer: int) -> jax.Array:
+    """start: f32[NB, M, N]   blocks: [NB, M, D] -> f32[NB, M, N]."""
 
-    def turn(i: jax.Array, delta: jax.Array) -> jax.Array:
+    def turn(i: jax.Array, total: jax.Array) -> jax.Array:
         shrink = _gather(projection.a_pool, projection.a_pages, i, layer)
         expand = _gather(projection.b_pool, projection.b_pages, i, layer)
         inner = jnp.einsum("bmd,brd->bmr", blocks, shrink, preferred_element_type=jnp.float32)
         inner = (inner * projection.scale[:, None, None]).astype(blocks.dtype)
-        return delta + jnp.einsum("bmr,brn->bmn", inner, expand, preferred_element_type=jnp.float32)
+        return total + jnp.einsum("bmr,brn->bmn", inner, expand, preferred_element_type=jnp.float32)
 
-    zeros = jnp.zeros((*blocks.shape[:2], projection.b_pool.shape[-1]), jnp.float32)
     turns = (projection.num_pages + _PAGES_PER_TURN - 1) // _PAGES_PER_TURN
-    return lax.fori_loop(0, turns, turn, zeros)
+    return lax.fori_loop(0, turns, turn, start)
 
 
-def _one_by_one(blocks: jax.Array, projection: ProjectionPages, layer: int) -> jax.Array:
+def _add_one_by_one(
+    start: jax.Array, blocks: jax.Array, projection: ProjectionPages, layer: int
+) -> jax.Array:
     """The same with one block's pages at a time: the head's are 49,152 wide and more."""
 
-    def visit(b: jax.Array, delta: jax.Array) -> jax.Array:
+    def visit(b: jax.Array, total: jax.Array) -> jax.Array:
         def only(array: jax.Array) -> jax.Array:
             return lax.dynamic_slice_in_dim(array, b, 1)
 
@@ -56,12 +60,11 @@ def _one_by_one(blocks: jax.Array, projection: ProjectionPages, layer: int) -> j
             b_pages=only(projection.b_pages),
             scale=only(projection.scale),
         )
-        return lax.dynamic_update_slice_in_dim(
-            delta, _together(only(blocks), block, layer), b, axis=0
-        )
+        added = _add(only(total), only(blocks), block, layer)
+        return lax.dynamic_update_slice_in_dim(total, added, b, axis=0)
 
-    zeros = jnp.zeros((*blocks.shape[:2], projection.b_pool.shape[-1]), jnp.float32)
-    return lax.fori_loop(0, jnp.where(projection.num_pages > 0, blocks.shape[0], 0), visit, zeros)
+    visits = jnp.where(projection.num_pages > 0, blocks.shape[0], 0)
+    return lax.fori_loop(0, visits, visit, start)
 
 
 def _gather(pool: jax.Array, pages: jax.Array, turn: jax.Array, layer: int) -> jax.Array:
