@@ -166,3 +166,17 @@ class StepLayout:
             name: packed[offset : offset + math.prod(dims)].view(dtype).reshape(dims)
             for name, (dtype, dims, offset) in self.fields.items()
         }
+
+    def blank(self, padding_row: int, base_slot: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A packed vector in which every token and output is padding, and its views."""
+        packed = np.zeros(self.size, np.int32)
+        views = self.views(packed)
+        views["positions"][:] = PADDING
+        for name in ("token_rows", "out_rows"):
+            views[name][:] = padding_row
+        for name in ("slots", "out_slots"):
+            views[name][:] = base_slot
+        if self.shape.sampling:
+            for name in ("top_p", "typical_p", "repetition_penalty"):
+                views[name][:] = 1.0
+        return packed, views

@@ -61,6 +61,7 @@ class Device:
         store = ExecutableStore(executable_dir, context)
         self._steps = self._ready_steps(model, bank_layout, sizes, shapes, store, progress)
         self._writer = BankWriter(self._bank)
+        self._warm_up(shapes, sizes, progress)
         self.num_compiled = store.num_compiled
         self.num_loaded = store.num_loaded
         self._compiled_before = executables.num_compiled()
@@ -87,6 +88,14 @@ class Device:
 
         ready = store.get_all(((repr(shape), lowering(shape)) for shape in shapes), progress)
         return {shape: ready[repr(shape)] for shape in shapes}
+
+    def _warm_up(self, shapes: Sequence[StepShape], sizes: DeviceSizes, progress: Progress) -> None:
+        """Runs every step once on padding: a first run takes up to a second more than the next."""
+        for i, shape in enumerate(shapes):
+            layout = StepLayout(shape, sizes.max_pages_per_sequence)
+            packed, _ = layout.blank(sizes.max_batch, sizes.num_slots)
+            read(self.launch(shape, packed))
+            progress("warming up", (i + 1) / len(shapes))
 
     def launch(self, shape: StepShape, packed: np.ndarray) -> StepOutput:
         """Starts a step and returns at once; ``packed`` as StepLayout lays it out."""

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from jlorax.layout import LAST_TOKEN, PADDING, SAMPLING_FLOATS, StepLayout, StepShape
+from jlorax.layout import LAST_TOKEN, SAMPLING_FLOATS, StepLayout, StepShape
 from jlorax.scheduling.sequence import Sequence
 
 _LOW_32 = 0xFFFFFFFF
@@ -84,18 +84,7 @@ class PlanBuilder:
         return StepPlan(shape, packed, tuple(sequences), sum(chunk.count for chunk in chunks))
 
     def _blank(self, shape: StepShape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        layout = self._layout(shape)
-        packed = np.zeros(layout.size, np.int32)
-        views = layout.views(packed)
-        views["positions"][:] = PADDING
-        views["token_rows"][:] = self._padding_row
-        views["out_rows"][:] = self._padding_row
-        views["slots"][:] = self._base_slot
-        views["out_slots"][:] = self._base_slot
-        if shape.sampling:
-            for name in ("top_p", "typical_p", "repetition_penalty"):
-                views[name][:] = 1.0
-        return packed, views
+        return self._layout(shape).blank(self._padding_row, self._base_slot)
 
     def _fill_chunk(
         self, views: dict[str, np.ndarray], chunk: Chunk, first: int, tile: int
