@@ -41,15 +41,20 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(home: Path) -> Iterator[ServerProcess]:
-    server = start_server(
+    server = start(home)
+    yield server
+    server.process.kill()
+
+
+def start(home: Path) -> ServerProcess:
+    """Always with the same shapes, so that the executables are compiled once."""
+    return start_server(
         home,
         *("--model", str(home / "model"), "--cache-dir", str(home / "cache")),
         *("--adapter", f"one={home / 'one'}", "--adapter", f"two={home / 'two'}"),
         *("--adapter-root", str(home / "root"), "--max-slots", "2", "--max-batch", "4"),
         *("--max-seq-len", "256", "--adapter-bank-bytes", "8MiB", "--buckets", "4"),
     )
-    yield server
-    server.process.kill()
 
 
 def generate(server: ServerProcess, prompt: str, **parameters: Any) -> tuple[int, Any]:
@@ -173,12 +178,7 @@ def run_cli(*arguments: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_sigterm_lets_running_requests_end(home: Path) -> None:
-    server = start_server(
-        home,
-        *("--model", str(home / "model"), "--cache-dir", str(home / "cache")),
-        *("--max-slots", "2", "--max-batch", "4", "--max-seq-len", "256"),
-        *("--adapter-bank-bytes", "8MiB", "--buckets", "4"),
-    )
+    server = start(home)
     answers: list[Any] = []
     asking = threading.Thread(
         target=lambda: answers.append(
@@ -242,12 +242,7 @@ def test_a_dry_run_prints_the_plan_and_ends(home: Path) -> None:
 
 
 def test_ctrl_c_ends_it_quietly(home: Path) -> None:
-    server = start_server(
-        home,
-        *("--model", str(home / "model"), "--cache-dir", str(home / "cache")),
-        *("--max-slots", "2", "--max-batch", "4", "--max-seq-len", "256"),
-        *("--adapter-bank-bytes", "8MiB", "--buckets", "4"),
-    )
+    server = start(home)
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(30) == 0
     assert "Traceback" not in server.log.read_text()
