@@ -8,18 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jlorax.models.causal import CausalModel
 from jlorax.models.config import FalconConfig, ModelShape
 from jlorax.models.layers import (
-    Embedding,
-    Head,
     LayerNorm,
     Rotation,
     Site,
     TokenBatch,
     attend,
-    head_logits,
     rotate,
-    rotation,
 )
 from jlorax.models.lora import LoraBatch
 from pallas_kernels.paged_attention.api import AttentionSpec
@@ -52,9 +49,7 @@ class Attention(nnx.Module):
         layer: int,
     ) -> tuple[jax.Array, jax.Array]:
         q, k, v = split_heads(self.qkv(x, lora, layer)[0], self.shape)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
-        mixed, pool = attend(q, k, v, pool, batch, self.spec)
+        mixed, pool = attend(rotate(q, turn), rotate(k, turn), v, pool, batch, self.spec)
         return self.out(mixed, lora, layer)[0], pool
 
 
@@ -122,31 +117,11 @@ class Block(nnx.Module):
         return x + mixed + self.ffn(normed, lora, layer), pool
 
 
-class Falcon(nnx.Module):
-    def __init__(self, config: FalconConfig, dtype: str) -> None:
-        s = config.shape
-        self.config = config
-        self.embedding = Embedding(s.vocab_size, s.d_model, dtype)
-        self.blocks = nnx.List([Block(config, dtype) for _ in range(s.num_layers)])
-        self.norm = LayerNorm(s.d_model, config.norm_eps, dtype)
-        self.head = None if config.tie_embeddings else Head(s.vocab_size, s.d_model, dtype)
-
-    def __call__(
-        self, batch: TokenBatch, pools: list[jax.Array], lora: LoraBatch | None
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """Hidden states [T, D] before the head, and the layers' KV pools with the step's tokens."""
-        x = self.embedding(batch.tokens)
-        turn = None if self.config.rope is None else rotation(self.config.rope, batch)
-        written = []
-        for layer, (block, pool) in enumerate(zip(self.blocks, pools, strict=True)):
-            x, pool = block(x, turn, batch, pool, lora, layer)
-            written.append(pool)
-        return self.norm(x), written
-
-    def logits(self, x: jax.Array, lora: LoraBatch | None) -> jax.Array:
-        """x: [B, D] -> f32[B, V]."""
-        head = self.embedding if self.head is None else self.head
-        return head_logits(x, head.weight[...], lora)
+def build(config: FalconConfig, dtype: str) -> CausalModel:
+    s = config.shape
+    blocks = [Block(config, dtype) for _ in range(s.num_layers)]
+    norm = LayerNorm(s.d_model, config.norm_eps, dtype)
+    return CausalModel(s, config.rope, config.tie_embeddings, blocks, norm, dtype)
 
 
 def has_ffn_norm(config: FalconConfig) -> bool:

@@ -129,8 +129,10 @@ def _frequencies(rope: Rope, lengths: jax.Array) -> jax.Array:
     return 1.0 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
 
 
-def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
-    """x: [T, heads, head_dim] -> the same, rotated."""
+def rotate(x: jax.Array, rotation: Rotation | None) -> jax.Array:
+    """x: [T, heads, head_dim] -> the same, rotated; as it is without a rotation (ALiBi)."""
+    if rotation is None:
+        return x
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = rotation
     turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

@@ -5,18 +5,15 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from jlorax.models.causal import CausalModel
 from jlorax.models.config import LlamaConfig
 from jlorax.models.layers import (
-    Embedding,
-    Head,
     RMSNorm,
     Rotation,
     Site,
     TokenBatch,
     attend,
-    head_logits,
     rotate,
-    rotation,
 )
 from jlorax.models.lora import LoraBatch
 from pallas_kernels.paged_attention.api import AttentionSpec
@@ -35,7 +32,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        turn: Rotation,
+        turn: Rotation | None,
         batch: TokenBatch,
         pool: jax.Array,
         lora: LoraBatch | None,
@@ -70,7 +67,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        turn: Rotation,
+        turn: Rotation | None,
         batch: TokenBatch,
         pool: jax.Array,
         lora: LoraBatch | None,
@@ -81,31 +78,11 @@ class Block(nnx.Module):
         return x + self.ffn(self.ffn_norm(x), lora, layer), pool
 
 
-class Llama(nnx.Module):
-    def __init__(self, config: LlamaConfig, dtype: str) -> None:
-        s = config.shape
-        self.config = config
-        self.embedding = Embedding(s.vocab_size, s.d_model, dtype)
-        self.blocks = nnx.List([Block(config, dtype) for _ in range(s.num_layers)])
-        self.norm = RMSNorm(s.d_model, config.norm_eps, dtype)
-        self.head = None if config.tie_embeddings else Head(s.vocab_size, s.d_model, dtype)
-
-    def __call__(
-        self, batch: TokenBatch, pools: list[jax.Array], lora: LoraBatch | None
-    ) -> tuple[jax.Array, list[jax.Array]]:
-        """Hidden states [T, D] before the head, and the layers' KV pools with the step's tokens."""
-        x = self.embedding(batch.tokens)
-        turn = rotation(self.config.rope, batch)
-        written = []
-        for layer, (block, pool) in enumerate(zip(self.blocks, pools, strict=True)):
-            x, pool = block(x, turn, batch, pool, lora, layer)
-            written.append(pool)
-        return self.norm(x), written
-
-    def logits(self, x: jax.Array, lora: LoraBatch | None) -> jax.Array:
-        """x: [B, D] -> f32[B, V]."""
-        head = self.embedding if self.head is None else self.head
-        return head_logits(x, head.weight[...], lora)
+def build(config: LlamaConfig, dtype: str) -> CausalModel:
+    s = config.shape
+    blocks = [Block(config, dtype) for _ in range(s.num_layers)]
+    norm = RMSNorm(s.d_model, config.norm_eps, dtype)
+    return CausalModel(s, config.rope, config.tie_embeddings, blocks, norm, dtype)
 
 
 def tensor_names(config: LlamaConfig) -> dict[str, tuple[str, ...]]:

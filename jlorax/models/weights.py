@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from jlorax.errors import ModelInvalid
 from jlorax.models import falcon, llama
+from jlorax.models.causal import CausalModel
 from jlorax.models.config import LlamaConfig, ModelConfig
 from jlorax.types import Progress, no_progress
 
@@ -102,10 +103,10 @@ def _outline(config: ModelConfig, dtype: str) -> tuple[list[str], Any, Any, list
     return paths, treedef, graphdef, [leaf.shape for _, leaf in flat]
 
 
-def _build(config: ModelConfig, dtype: str) -> nnx.Module:
+def _build(config: ModelConfig, dtype: str) -> CausalModel:
     if isinstance(config, LlamaConfig):
-        return llama.Llama(config, dtype)
-    return falcon.Falcon(config, dtype)
+        return llama.build(config, dtype)
+    return falcon.build(config, dtype)
 
 
 def _key(entry: Any) -> str:

@@ -16,22 +16,13 @@ For token t of block b = t // (T / NB), a projection's rank pages i in [0, num_p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 
 from pallas_kernels.grouped_lora import xla
+from pallas_kernels.grouped_lora.operands import ProjectionPages
 
-
-class ProjectionPages(NamedTuple):
-    """One projection's share of the bank, as this step's blocks see it."""
-
-    a_pool: jax.Array
-    b_pool: jax.Array
-    a_pages: jax.Array
-    b_pages: jax.Array
-    num_pages: jax.Array
-    scale: jax.Array
+__all__ = ["ProjectionPages", "grouped_lora"]
 
 
 def grouped_lora(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from pallas_kernels.grouped_lora.api import ProjectionPages
+from pallas_kernels.grouped_lora.operands import ProjectionPages
 
 
 def grouped_lora(y: jax.Array, x: jax.Array, projection: ProjectionPages, layer: int) -> jax.Array:

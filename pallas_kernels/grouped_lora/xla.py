@@ -6,14 +6,11 @@ adapters is none: a loop that does not run costs about a microsecond on two core
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-if TYPE_CHECKING:
-    from pallas_kernels.grouped_lora.api import ProjectionPages
+from pallas_kernels.grouped_lora.operands import ProjectionPages
 
 _PAGES_PER_TURN = 2
 _GATHER_BYTES = 4 << 20  # more than this at once, and blocks are taken one by one
