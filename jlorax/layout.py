@@ -131,7 +131,8 @@ def _step_fields(shape: StepShape, max_pages: int) -> dict[str, tuple[str, tuple
     }
     if shape.sampling:
         fields |= dict.fromkeys(SAMPLING_FLOATS, ("float32", outputs))
-        fields |= {"top_k": ("int32", outputs), "seeds": ("uint32", (shape.num_outputs, 2))}
+        fields |= dict.fromkeys(("top_k", "num_alternatives"), ("int32", outputs))
+        fields["seeds"] = ("uint32", (shape.num_outputs, 2))
     return fields
 
 

@@ -68,7 +68,7 @@ def make_step(model: BaseModel, bank_layout: BankLayout, layout: StepLayout) -> 
         inputs = _unpack(packed, layout)
         tokens = _tokens(inputs, rows)
         if layout.shape.sampling:
-            rows = _count(rows, inputs, tokens)
+            rows = _count(rows, inputs, tokens, may_begin=layout.shape.tile > 1)
         batch = TokenBatch(
             tokens=tokens,
             positions=inputs["positions"],
@@ -104,12 +104,19 @@ def _tokens(inputs: dict[str, jax.Array], rows: RowState) -> jax.Array:
     return jnp.where(given < 0, rows.last_token[inputs["token_rows"]], given)
 
 
-def _count(rows: RowState, inputs: dict[str, jax.Array], tokens: jax.Array) -> RowState:
-    """Enters the step's input tokens into their rows' books; position 0 opens a fresh page."""
+def _count(
+    rows: RowState, inputs: dict[str, jax.Array], tokens: jax.Array, *, may_begin: bool
+) -> RowState:
+    """Enters the step's input tokens into their rows' books; position 0 opens a fresh page.
+
+    ``may_begin`` False: no sequence begins in a decode step, so no whole book is rewritten.
+    """
     row, position = inputs["token_rows"], inputs["positions"]
-    fresh = jnp.zeros((rows.seen.shape[0],), jnp.bool_).at[row].max(position == 0)
-    seen = rows.seen & ~fresh[:, None]
-    counts = jnp.where(fresh[:, None], 0, rows.counts)
+    seen, counts = rows.seen, rows.counts
+    if may_begin:
+        fresh = jnp.zeros((seen.shape[0],), jnp.bool_).at[row].max(position == 0)
+        seen = seen & ~fresh[:, None]
+        counts = jnp.where(fresh[:, None], 0, counts)
     is_answer = (position >= inputs["prompt_lengths"]).astype(jnp.int32)
     return rows._replace(
         seen=seen.at[row, tokens].set(True), counts=counts.at[row, tokens].add(is_answer)
@@ -134,7 +141,31 @@ def _choose(
         drawn = sampling.sample(logits, parameters, rows.seen[row], rows.counts[row])
         return StepOutput(*drawn, *sampling.alternatives(logits))
 
-    return _in_parts(choose, (logits, parameters, out_rows), logits.shape[0])
+    return lax.cond(
+        _is_plain(parameters, inputs["num_alternatives"]),
+        lambda: _greedy_output(logits),
+        lambda: _in_parts(choose, (logits, parameters, out_rows), logits.shape[0]),
+    )
+
+
+def _is_plain(parameters: SamplingRows, num_alternatives: jax.Array) -> jax.Array:
+    """Whether every row wants the most probable token as it is, and nothing else."""
+    altered = (
+        (parameters.temperature > 0)
+        | (parameters.repetition_penalty != 1)
+        | (parameters.frequency_penalty != 0)
+        | (parameters.presence_penalty != 0)
+        | (num_alternatives > 0)
+    )
+    return ~jnp.any(altered)
+
+
+def _greedy_output(logits: jax.Array) -> StepOutput:
+    """In the shape of a sampling step's output; nobody asked for the alternatives."""
+    nothing = jax.eval_shape(sampling.alternatives, logits)
+    return StepOutput(
+        *sampling.greedy(logits), *(jnp.zeros(best.shape, best.dtype) for best in nothing)
+    )
 
 
 def _in_parts(choose: Callable[[Any], StepOutput], whole: Any, num_rows: int) -> StepOutput:

@@ -118,6 +118,7 @@ class PlanBuilder:
         for name in SAMPLING_FLOATS:
             views[name][:n] = [getattr(s.sampling, name) for s in sequences]
         views["top_k"][:n] = [s.sampling.top_k for s in sequences]
+        views["num_alternatives"][:n] = [s.num_alternatives for s in sequences]
         views["seeds"][:n, 0] = [s.seed >> 32 for s in sequences]
         views["seeds"][:n, 1] = [s.seed & _LOW_32 for s in sequences]
 

@@ -36,10 +36,9 @@ def paged_attention(
 
     def visit(page: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
-        block = pool[page_table[:, page]]  # [N, 2, K, page_size, h]
-        scores = jnp.einsum(
-            "nkqh,nksh->nkqs", queries, block[:, 0], preferred_element_type=jnp.float32
-        )
+        pages = page_table[:, page]
+        keys, values = pool[pages, 0], pool[pages, 1]  # [N, K, page_size, h] each
+        scores = jnp.einsum("nkqh,nksh->nkqs", queries, keys, preferred_element_type=jnp.float32)
         positions = page * page_size + jnp.arange(page_size)
         scores = scores.reshape(num_tiles, num_kv, group, tile, page_size)
         if bias is not None:
@@ -50,13 +49,13 @@ def paged_attention(
         kept = jnp.exp(top - new_top)
         weights = jnp.where(visible, jnp.exp(scores - new_top[..., None]), 0.0)
         flat = weights.reshape(num_tiles, num_kv, group * tile, page_size)
-        values = jnp.einsum(
+        mixed = jnp.einsum(
             "nkqs,nksh->nkqh",
-            flat.astype(block.dtype),
-            block[:, 1],
+            flat.astype(values.dtype),
+            values,
             preferred_element_type=jnp.float32,
         ).reshape(acc.shape)
-        return new_top, total * kept + weights.sum(-1), acc * kept[..., None] + values
+        return new_top, total * kept + weights.sum(-1), acc * kept[..., None] + mixed
 
     first, last = _page_range(q_positions, page_size, window)
     shape = (num_tiles, num_kv, group, tile)
