@@ -7,9 +7,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks import cpu, make_adapters
+from benchmarks import cpu, decode, kernels, make_adapters
 
-COMMANDS = {"cpu": cpu, "make-adapters": make_adapters}
+COMMANDS = {"cpu": cpu, "kernels": kernels, "decode": decode, "make-adapters": make_adapters}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

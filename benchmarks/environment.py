@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
+_COMPILERS = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "jax-cuda13-pjrt",
+    "flax",
+    "nvidia-cublas",
+    "nvidia-cudnn-cu13",
+)
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -22,6 +34,40 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     command = ["git", "-C", str(_REPOSITORY), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def command() -> str:
+    """The command line; of an absolute path only the last name, which is not this machine's."""
+    given = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
+    return shlex.join(["python", "-m", "benchmarks", *given])
+
+
+def versions() -> dict[str, str]:
+    """What compiles and runs a step."""
+    found = {"python": platform.python_version()}
+    for name in _COMPILERS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def card() -> dict[str, str]:
+    """The device that jax runs on, and its driver where there is one. Starts jax."""
+    import jax  # other commands never need it
+
+    device = jax.devices()[0]
+    return {"card": device.device_kind, "driver": _driver() if device.platform == "gpu" else "none"}
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, check=True, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.splitlines()[0].strip() if answer.stdout else "unknown"
 
 
 def machine() -> dict[str, str | int]:

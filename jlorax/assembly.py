@@ -19,15 +19,23 @@ from jlorax.adapters.pack import PackedAdapter
 from jlorax.adapters.placement import share_bank
 from jlorax.adapters.registry import AdapterRecord, Registry
 from jlorax.adapters.slots import SlotTable
-from jlorax.config import EngineConfig
+from jlorax.config import EngineConfig, Kernels
 from jlorax.device.device import Device, DeviceSizes
 from jlorax.errors import ConfigError, ModelInvalid
-from jlorax.layout import ITEM_BYTES, BankLayout, PoolKey, StepShape
+from jlorax.layout import (
+    ITEM_BYTES,
+    BankLayout,
+    LoraReach,
+    PoolKey,
+    StepShape,
+    decode_shape,
+    packed_extend_shape,
+)
 from jlorax.metrics import Metrics
 from jlorax.models.config import ModelConfig, read_config
 from jlorax.models.embedded import EMBEDDED_MODEL_ID, ensure_embedded_model
 from jlorax.models.gguf import prepared_folder
-from jlorax.models.weights import load_model, weight_bytes
+from jlorax.models.weights import BaseModel, dummy_model, load_model, weight_bytes
 from jlorax.scheduling.policy import Policy, PolicyConfig
 from jlorax.tokenizer import Tokenizer
 from jlorax.types import ModelInfo, Progress, no_progress
@@ -58,6 +66,7 @@ class MemoryPlan:
     """Bytes and counts, as ``--dry-run`` prints them."""
 
     weight_bytes: int
+    random_weights: bool
     kv_bytes: int
     num_pages: int
     page_size: int
@@ -75,12 +84,12 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
     folder, model_id = find_model(config, progress)
     model_config = read_config(folder)
     progress("loading tokenizer", 0.0)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = load_tokenizer(config, folder, model_config)
     registry = build_registry(config, model_id)
     layout = bank_layout(config, model_config)
     plan = plan_memory(config, model_config, registry, layout)
     disk = _disk_tier(config)
-    model = load_model(folder, model_config, config.model.dtype, progress)
+    model = load_weights(config, folder, model_config, progress)
     sizes = DeviceSizes(
         max_batch=config.scheduler.max_batch,
         num_pages=plan.num_pages,
@@ -89,7 +98,9 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
         num_slots=plan.max_slots,
         pool_pages=plan.pool_pages,
     )
-    device = Device(model, layout, sizes, plan.shapes, config.executable_dir, progress)
+    device = Device(
+        model, layout, sizes, plan.shapes, kernels(config), config.executable_dir, progress
+    )
     loader, host_tier = (
         Loader(layout, disk),
         HostTier[PackedAdapter](config.adapters.host_cache_bytes),
@@ -122,9 +133,13 @@ def find_model(config: EngineConfig, progress: Progress = no_progress) -> tuple[
     if path.is_dir():
         return path, name
     if path.is_file():
+        if config.model.is_dummy:
+            raise ModelInvalid(
+                f"{model}: dummy weights need a folder with a config.json, or a hub id"
+            )
         return prepared_folder(path, config.cache_dir, progress), name
     if _looks_like_hub_id(model):
-        return _from_hub(model, progress), config.model_id or model
+        return _from_hub(config, progress), config.model_id or model
     raise ModelInvalid(f"{model}: no such folder or GGUF file, and not a hub id (org/name)")
 
 
@@ -133,15 +148,33 @@ def _looks_like_hub_id(model: str) -> bool:
     return len(parts) == 2 and all(parts) and not model.startswith((".", "~", "/"))
 
 
-def _from_hub(model: str, progress: Progress) -> Path:
+def _from_hub(config: EngineConfig, progress: Progress) -> Path:
     from huggingface_hub import snapshot_download
 
+    model = config.model.model
+    assert model is not None
+    patterns = ["*.json", "*.model"] + ([] if config.model.is_dummy else ["*.safetensors"])
     progress(f"fetching {model}", 0.0)
     try:
-        found = snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model"])
+        found = snapshot_download(model, allow_patterns=patterns)
     except Exception as error:  # the hub's client raises many kinds; all mean: not to be had
         raise ModelInvalid(f"{model}: cannot be fetched from the hub: {error}") from error
     return Path(found)
+
+
+def load_tokenizer(config: EngineConfig, folder: Path, model: ModelConfig) -> Tokenizer:
+    """The folder's own; with dummy weights a folder may have none, and token i is the word "i"."""
+    if config.model.is_dummy and not any(folder.glob("tokenizer*")):
+        return Tokenizer.numbered(model.shape.vocab_size)
+    return Tokenizer.load(folder)
+
+
+def load_weights(
+    config: EngineConfig, folder: Path, model: ModelConfig, progress: Progress = no_progress
+) -> BaseModel:
+    if config.model.is_dummy:
+        return dummy_model(model, config.model.dtype, progress=progress)
+    return load_model(folder, model, config.model.dtype, progress)
 
 
 def bank_layout(config: EngineConfig, model: ModelConfig) -> BankLayout:
@@ -198,6 +231,7 @@ def plan_memory(
     pool_pages = share_bank(layout, adapters.bank_bytes, known)
     return MemoryPlan(
         weight_bytes=weight_bytes(model, config.model.dtype),
+        random_weights=config.model.is_dummy,
         kv_bytes=num_pages * page_bytes,
         num_pages=num_pages,
         page_size=kv.page_size,
@@ -211,13 +245,39 @@ def plan_memory(
     )
 
 
+def kernels(config: EngineConfig) -> Kernels:
+    """Who computes the steps."""
+    return config.steps.kernels or ("pallas" if jax.default_backend() == "gpu" else "xla")
+
+
 def step_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
     """Every executable: decode steps by batch, extend steps by tokens."""
     steps = config.steps
+    if kernels(config) != "xla":
+        return _packed_shapes(config)
     return (
-        *(StepShape(b, 1, b, False) for b in steps.greedy_buckets),
-        *(StepShape(b, 1, b, True) for b in steps.sampling_buckets),
+        *(decode_shape(b, sampling=False) for b in steps.greedy_buckets),
+        *(decode_shape(b, sampling=True) for b in steps.sampling_buckets),
         *(StepShape(t, steps.tile, t // steps.tile, True) for t in steps.extend_buckets),
+    )
+
+
+def _packed_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
+    """A GPU's launches are counted, so what has no adapters gets an executable without them."""
+    steps, slots = config.steps, config.adapters.max_slots
+    most = config.scheduler.max_batch
+    return (
+        *(
+            decode_shape(b, sampling=False, lora=lora, packed_slots=slots)
+            for b in steps.greedy_buckets
+            for lora in LoraReach
+        ),
+        *(decode_shape(b, sampling=True, packed_slots=slots) for b in steps.sampling_buckets),
+        *(
+            packed_extend_shape(t, min(most, max(1, t // steps.tile)), lora)
+            for t in steps.extend_buckets
+            for lora in LoraReach
+        ),
     )
 
 

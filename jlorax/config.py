@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from jlorax.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16")
+LOAD_FORMATS = ("auto", "dummy")
+Kernels = Literal["xla", "pallas", "pallas_interpret"]
 MIB = 1 << 20
 GIB = 1 << 30
 
@@ -22,13 +25,26 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the base model comes from: a folder, a GGUF file, a hub id; None: the embedded one."""
+    """Where the base model comes from: a folder, a GGUF file, a hub id; None: the embedded one.
+
+    ``load_format`` "dummy": random weights of the shape that its config.json describes, to measure
+    speed; no weights are read, and a folder without a tokenizer gets one of numbers.
+    """
 
     model: str | None = None
     dtype: str = "float32"
+    load_format: str = "auto"
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, f"dtype is {self.dtype!r}; allowed are: {', '.join(DTYPES)}")
+        _require(
+            self.load_format in LOAD_FORMATS,
+            f"load_format is {self.load_format!r}; allowed are: {', '.join(LOAD_FORMATS)}",
+        )
+
+    @property
+    def is_dummy(self) -> bool:
+        return self.load_format == "dummy"
 
 
 @dataclass(frozen=True)
@@ -37,15 +53,24 @@ class StepConfig:
 
     ``greedy_buckets`` and ``sampling_buckets`` are decode batch sizes; a step that can sample
     serves greedy requests too, on a CPU at the same cost. Extend steps can always sample.
-    ``tile`` tokens of an extend step belong to one sequence.
+    ``tile`` tokens of an extend step belong to one sequence, where XLA computes.
+
+    ``kernels`` says who does: "xla", or our own kernels, whose steps are packed and have a twin
+    without adapters for every greedy one ("pallas"; "pallas_interpret" on a CPU, for tests). None:
+    Pallas on a GPU, XLA elsewhere.
     """
 
     greedy_buckets: tuple[int, ...] = ()
     sampling_buckets: tuple[int, ...] = (1, 8, 32)
     extend_buckets: tuple[int, ...] = (64, 256)
     tile: int = 16
+    kernels: Kernels | None = None
 
     def __post_init__(self) -> None:
+        _require(
+            self.kernels is None or self.kernels in get_args(Kernels),
+            f"kernels is {self.kernels!r}; allowed are: {', '.join(get_args(Kernels))}",
+        )
         for name in ("greedy_buckets", "sampling_buckets", "extend_buckets"):
             buckets = getattr(self, name)
             _require(

@@ -33,7 +33,7 @@ from jlorax.actors.scheduler import MAX_STEPS_IN_FLIGHT, Scheduler
 from jlorax.actors.stream import Opened, StreamToken, TokenStream
 from jlorax.assembly import Parts, assemble
 from jlorax.config import EngineConfig
-from jlorax.errors import JLoraxError, Overloaded, Unavailable
+from jlorax.errors import InvalidRequest, JLoraxError, Overloaded, Unavailable
 from jlorax.metrics import Metrics
 from jlorax.scheduling.policy import Policy
 from jlorax.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
@@ -158,6 +158,8 @@ class Engine:
 
     def _open(self, request: GenerateRequest) -> TokenStream:
         self._check_alive()
+        if request.stop and not request.detokenize:
+            raise InvalidRequest("stop strings cannot be found without detokenizing")
         if len(self._streams) >= self._max_open:
             raise Overloaded(f"{len(self._streams)} requests are open, as many as are allowed")
         stream = TokenStream()
@@ -244,9 +246,8 @@ class _Answer:
     async def events(self) -> AsyncIterator[TokenEvent]:
         opened = await self.stream.get()
         assert isinstance(opened, Opened)
-        tokenizer, metrics = self.engine.tokenizer, self.engine._metrics
-        detokenizer = IncrementalDetokenizer(tokenizer, opened.prompt)
-        matcher = StopMatcher(self.request.stop, self.request.include_stop_text)
+        metrics = self.engine._metrics
+        answer = self._text(opened.prompt)
         tokens: list[Token] = []
         first_token_s = 0.0
         reason: FinishReason | None = None
@@ -257,11 +258,8 @@ class _Answer:
                 first_token_s = time.monotonic() - opened.queue_start_s
                 metrics.first_token(first_token_s)
             reason = item.finish_reason
-            text = matcher.push(detokenizer.push(item.token))
-            if reason is not None and matcher.matched is None:
-                text += matcher.push(detokenizer.finish())
-                text += matcher.finish()
-            if matcher.matched is not None:
+            text = "" if answer is None else answer.push(item.token, is_last=reason is not None)
+            if answer is not None and answer.is_stopped:
                 reason = FinishReason.STOP_SEQUENCE
             tokens.append(self._token(item, text))
             if reason is None:
@@ -279,6 +277,13 @@ class _Answer:
         )
         yield TokenEvent(tokens[-1], len(tokens) - 1, result)
 
+    def _text(self, prompt: tuple[int, ...]) -> _AnswerText | None:
+        """None for a request that wants token ids alone."""
+        if not self.request.detokenize:
+            return None
+        matcher = StopMatcher(self.request.stop, self.request.include_stop_text)
+        return _AnswerText(IncrementalDetokenizer(self.engine.tokenizer, prompt), matcher)
+
     def _token(self, item: StreamToken, text: str) -> Token:
         tokenizer = self.engine.tokenizer
         return Token(
@@ -291,3 +296,22 @@ class _Answer:
                 for i, logprob in item.alternatives
             ),
         )
+
+
+@dataclass
+class _AnswerText:
+    """The answer's text as it becomes final, cut at the first stop string."""
+
+    detokenizer: IncrementalDetokenizer
+    matcher: StopMatcher
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.matcher.matched is not None
+
+    def push(self, token: int, *, is_last: bool) -> str:
+        text = self.matcher.push(self.detokenizer.push(token))
+        if is_last and not self.is_stopped:
+            text += self.matcher.push(self.detokenizer.finish())
+            text += self.matcher.finish()
+        return text

@@ -10,8 +10,9 @@ entries that name nothing name it. So memory and work follow an adapter's true r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
@@ -35,6 +36,14 @@ class PoolKey:
 
     num_layers: int
     width: int
+
+
+class LoraReach(IntEnum):
+    """Where a step's adapters may have weights; what is beyond is not launched at all."""
+
+    NONE = 0
+    ATTENTION = 1
+    ALL = 2
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,11 @@ class BankLayout:
     def pool_b(self, projection: Projection) -> PoolKey:
         return PoolKey(projection.num_layers, projection.d_out)
 
+    def reach(self, names: Iterable[str]) -> LoraReach:
+        """Of an adapter that targets these projections."""
+        paths = [self.projections[self.index[name]].path for name in names]
+        return LoraReach.ATTENTION if all(map(_is_attention, paths)) else LoraReach.ALL
+
     def page_bytes(self, pool: PoolKey) -> int:
         return pool.num_layers * RANK_PAGE * pool.width * ITEM_BYTES[self.dtype]
 
@@ -83,6 +97,10 @@ class BankLayout:
             for pool in (self.pool_a(projection), self.pool_b(projection)):
                 need[pool] = need.get(pool, 0) + rank_pages(rank)
         return need
+
+
+def _is_attention(path: str) -> bool:
+    return ".self_attn." in path or ".self_attention." in path
 
 
 @dataclass(frozen=True)
@@ -97,38 +115,99 @@ class SlotWrite:
 
 
 @dataclass(frozen=True)
-class StepShape:
-    """One executable: T tokens in tiles of consecutive tokens of one sequence, B outputs.
+class BlockCounts:
+    """How many blocks a packed step has room for; the host fills as many as it needs.
 
-    Decode is tile 1 with an output per token; an extend step carries chunks of prompts. Without
-    ``sampling`` every output is the most probable token.
+    ``lora``: of at most ``lora_rows`` consecutive rows of one adapter.
+    ``queries``: of at most ``QUERY_BLOCK`` consecutive tokens of one sequence; none in a decode,
+    where every row is a sequence of its own.
+    """
+
+    lora: int
+    lora_rows: int
+    queries: int
+
+
+QUERY_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """One executable: T tokens, B outputs.
+
+    Decode has an output per token; an extend step carries chunks of prompts, an output a chunk at
+    most. Without ``sampling`` every output is the most probable token; adapters are added as far as
+    ``lora`` reaches. How tokens lie follows from what computes:
+      tiles   (XLA)    ``tile`` consecutive tokens belong to one sequence, padded
+      packed  (Pallas) one after the other; ``blocks`` say who they belong to, and ``tile`` is 1
     """
 
     num_tokens: int
     tile: int
     num_outputs: int
     sampling: bool
+    lora: LoraReach = LoraReach.ALL
+    blocks: BlockCounts | None = None
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_outputs == self.num_tokens
 
     @property
     def num_tiles(self) -> int:
         return self.num_tokens // self.tile
 
 
-def _step_fields(shape: StepShape, max_pages: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    tokens, tiles, outputs = (shape.num_tokens,), (shape.num_tiles,), (shape.num_outputs,)
-    fields: dict[str, tuple[str, tuple[int, ...]]] = {
+def decode_shape(
+    batch: int, sampling: bool, lora: LoraReach = LoraReach.ALL, packed_slots: int | None = None
+) -> StepShape:
+    """``packed_slots``: of the bank, for packed steps; None: tiles."""
+    if packed_slots is None:
+        return StepShape(batch, 1, batch, sampling, lora)
+    most = min(batch, packed_slots + batch // _DECODE_LORA_ROWS) if lora else 0
+    return StepShape(batch, 1, batch, sampling, lora, BlockCounts(most, _DECODE_LORA_ROWS, 0))
+
+
+def packed_extend_shape(
+    num_tokens: int, num_chunks: int, lora: LoraReach = LoraReach.ALL
+) -> StepShape:
+    """At most ``num_chunks`` chunks, each of which may end a prompt."""
+    chunks = min(num_chunks, num_tokens - 1)
+    lora_blocks = _most_blocks(num_tokens, chunks, _EXTEND_LORA_ROWS) if lora else 0
+    queries = _most_blocks(num_tokens, chunks, QUERY_BLOCK)
+    counts = BlockCounts(lora_blocks, _EXTEND_LORA_ROWS, queries)
+    return StepShape(num_tokens, 1, chunks, True, lora, counts)
+
+
+# A decode step's rows differ in their adapters, a prompt's do not.
+_DECODE_LORA_ROWS, _EXTEND_LORA_ROWS = 16, 64
+
+
+def _most_blocks(num_tokens: int, num_chunks: int, block: int) -> int:
+    return num_chunks + (num_tokens - num_chunks) // block
+
+
+_Fields = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def _step_fields(shape: StepShape, max_pages: int) -> _Fields:
+    tokens, outputs = (shape.num_tokens,), (shape.num_outputs,)
+    fields: _Fields = {
         "tokens": ("int32", tokens),
         "token_rows": ("int32", tokens),
         "positions": ("int32", tokens),
         "prompt_lengths": ("int32", tokens),
         "kv_pages": ("int32", tokens),
         "kv_offsets": ("int32", tokens),
-        "page_table": ("int32", (shape.num_tiles, max_pages)),
-        "slots": ("int32", tiles),
         "out_index": ("int32", outputs),
         "out_rows": ("int32", outputs),
-        "out_slots": ("int32", outputs),
     }
+    if shape.blocks is None:
+        fields |= _tile_fields(shape, max_pages)
+    else:
+        fields |= _block_fields(shape, shape.blocks, max_pages)
+    if shape.lora:
+        fields["out_slots"] = ("int32", outputs)
     if shape.sampling:
         fields |= dict.fromkeys(SAMPLING_FLOATS, ("float32", outputs))
         fields |= dict.fromkeys(("top_k", "num_alternatives"), ("int32", outputs))
@@ -136,6 +215,25 @@ def _step_fields(shape: StepShape, max_pages: int) -> dict[str, tuple[str, tuple
     return fields
 
 
+def _tile_fields(shape: StepShape, max_pages: int) -> _Fields:
+    fields: _Fields = {"page_table": ("int32", (shape.num_tiles, max_pages))}
+    if shape.lora:
+        fields["slots"] = ("int32", (shape.num_tiles,))
+    return fields
+
+
+def _block_fields(shape: StepShape, blocks: BlockCounts, max_pages: int) -> _Fields:
+    """The page table has a row per sequence of the step; blocks name rows and chunks."""
+    fields: _Fields = {"page_table": ("int32", (shape.num_outputs, max_pages))}
+    if shape.lora:
+        fields |= dict.fromkeys(LORA_BLOCKS, ("int32", (blocks.lora,)))
+    if blocks.queries:
+        fields |= dict.fromkeys(QUERY_BLOCKS, ("int32", (blocks.queries,)))
+    return fields
+
+
+LORA_BLOCKS = ("lora_first", "lora_count", "slots")
+QUERY_BLOCKS = ("query_first", "query_count", "query_chunk", "query_position")
 SAMPLING_FLOATS = (
     "temperature",
     "top_p",
@@ -175,8 +273,9 @@ class StepLayout:
         views["positions"][:] = PADDING
         for name in ("token_rows", "out_rows"):
             views[name][:] = padding_row
-        for name in ("slots", "out_slots"):
-            views[name][:] = base_slot
+        if self.shape.lora:
+            for name in ("slots", "out_slots"):
+                views[name][:] = base_slot
         if self.shape.sampling:
             for name in ("top_p", "typical_p", "repetition_penalty"):
                 views[name][:] = 1.0

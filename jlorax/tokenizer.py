@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from jlorax.errors import InvalidRequest, ModelInvalid
 from jlorax.hugging_face import import_transformers
@@ -70,6 +72,15 @@ class Tokenizer:
         if not hasattr(hf, "backend_tokenizer"):
             raise ModelInvalid(f"{folder}: there is no tokenizer.json (a fast tokenizer is needed)")
         return cls(hf, _declared_eos(folder))
+
+    @classmethod
+    def numbered(cls, vocab_size: int) -> Tokenizer:
+        """For a model that has none: token i is the word "i", and no token ends an answer."""
+        words = {str(i): i for i in range(vocab_size)}
+        backend = tokenizers.Tokenizer(WordLevel(words, unk_token="0"))
+        backend.pre_tokenizer = WhitespaceSplit()
+        fast_tokenizer = import_transformers("PreTrainedTokenizerFast")
+        return cls(fast_tokenizer(tokenizer_object=backend))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Special tokens spelled out in ``text`` are taken as such, as everywhere in this field."""

@@ -91,6 +91,7 @@ class GenerateRequest:
     truncate: int | None = None  # keep only the last N prompt tokens
     num_top_logprobs: int = 0
     prompt_logprobs: bool = False
+    detokenize: bool = True  # False: token ids alone, every text stays empty
 
 
 @dataclass(frozen=True)

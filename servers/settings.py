@@ -17,6 +17,7 @@ import yaml
 
 from jlorax.config import (
     DTYPES,
+    LOAD_FORMATS,
     AdapterConfig,
     EngineConfig,
     KVConfig,
@@ -48,10 +49,13 @@ def _whole(text: str) -> int:
         raise ValueError("a whole number is needed") from None
 
 
-def _dtype(text: str) -> str:
-    if text not in DTYPES:
-        raise ValueError(f"allowed are: {', '.join(DTYPES)}")
-    return text
+def _one_of(allowed: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(f"allowed are: {', '.join(allowed)}")
+        return text
+
+    return parse
 
 
 def _buckets(text: str) -> tuple[int, ...]:
@@ -91,7 +95,13 @@ class Setting:
 SETTINGS = (
     Setting("model", str, "DIR|GGUF|HUB_ID", "base model (default: the embedded SmolLM2-135M)"),
     Setting("model_id", str, "NAME", "the base model's name for clients"),
-    Setting("dtype", _dtype, "|".join(DTYPES), "element type of weights, KV pool and bank"),
+    Setting("dtype", _one_of(DTYPES), "|".join(DTYPES), "element type of weights, KV pool, bank"),
+    Setting(
+        "load_format",
+        _one_of(LOAD_FORMATS),
+        "|".join(LOAD_FORMATS),
+        "dummy: random weights of the config's shape, to measure speed (auto)",
+    ),
     Setting("host", str, "HOST", "address to listen on (default 127.0.0.1)"),
     Setting("port", _whole, "PORT", "port to listen on (default 8080)"),
     Setting("adapter_root", _folder, "DIR", "folder whose sub-folders are adapters"),
@@ -200,9 +210,10 @@ def engine_config(values: Mapping[str, Any], environment: Mapping[str, str]) -> 
     }
     scheduler = {name: values.get(name) for name in ("max_batch", "max_queued")}
     kv = {"max_seq_len": values.get("max_seq_len"), "cache_bytes": values.get("kv_cache_bytes")}
+    model = {name: values.get(name) for name in ("model", "dtype", "load_format")}
     return EngineConfig(
         cache_dir=cache_dir,
-        model=ModelSource(**_given({"model": values.get("model"), "dtype": values.get("dtype")})),
+        model=ModelSource(**_given(model)),
         steps=_steps(values),
         scheduler=SchedulerConfig(**_given(scheduler)),
         kv=KVConfig(**_given(kv)),

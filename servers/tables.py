@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jlorax.assembly import MemoryPlan
-from jlorax.layout import StepShape
+from jlorax.layout import LoraReach, StepShape
 from jlorax.types import AdapterInfo
 
 
@@ -41,7 +41,8 @@ def memory_table(plan: MemoryPlan) -> Table:
     table = Table(title="memory plan")
     for heading in ("what", "bytes", "of which"):
         table.add_column(heading)
-    table.add_row("weights", as_size(plan.weight_bytes), "")
+    origin = "random (load format dummy)" if plan.random_weights else ""
+    table.add_row("weights", as_size(plan.weight_bytes), origin)
     kv = f"{plan.num_pages} pages of {plan.page_size} tokens; up to {plan.max_seq_len} a sequence"
     table.add_row("KV pages", as_size(plan.kv_bytes), kv)
     pools = ", ".join(
@@ -57,6 +58,7 @@ def memory_table(plan: MemoryPlan) -> Table:
 
 
 def _shape_name(shape: StepShape) -> str:
-    tokens, tile = shape.num_tokens, shape.tile
-    kind = "decode" if tile == 1 else "extend"
-    return f"{kind} {tokens}" + (" sampling" if shape.sampling else "")
+    kind = "decode" if shape.is_decode else "extend"
+    sampling = " sampling" * shape.sampling
+    reach = {LoraReach.NONE: " without adapters", LoraReach.ATTENTION: " with attention's"}
+    return f"{kind} {shape.num_tokens}{sampling}{reach.get(shape.lora, '')}"

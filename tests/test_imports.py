@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "jlorax.models": PLAIN
     | {"pallas_kernels", "flax", "jax", "numpy", "ml_dtypes", "safetensors", "gguf"}
     | {"tokenizers", "jlorax.hugging_face"},
-    "jlorax.device": PLAIN | {"jlorax.models", "flax", "jax", "numpy"},
+    "jlorax.device": PLAIN | {"pallas_kernels", "jlorax.models", "flax", "jax", "numpy"},
     "jlorax.actors.runner": PLAIN
     | {"jlorax.device", "jlorax.actors.messages", "jlorax.actors.mailbox"}
     | {"jlorax.scheduling.step_plan"},

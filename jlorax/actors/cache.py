@@ -189,7 +189,7 @@ class Cache:
         if assignment is not None:
             self._slots.pin(version)
             self._metrics.adapter_hit()
-            self._scheduler.post(AdapterReady(version, assignment.slot))
+            self._scheduler.post(AdapterReady(version, assignment.slot, assignment.reach))
             return
         self._metrics.adapter_miss()
         packed = self._host.get(version)
@@ -208,13 +208,14 @@ class Cache:
             if not self._slots.can_ever_fit(need):
                 self._refuse(version, _too_large(version, packed))
                 continue
-            assignment = self._slots.assign(version, need)
+            reach = self._loader.layout.reach(packed.entries)
+            assignment = self._slots.assign(version, need, reach)
             if assignment is None:
                 return
             del self._line[version]
             self._slots.pin(version)
             self._runner.post(WriteSlot(slot_write(packed, assignment, self._loader.layout)))
-            self._scheduler.post(AdapterReady(version, assignment.slot))
+            self._scheduler.post(AdapterReady(version, assignment.slot, reach))
 
     def _refuse(self, version: AdapterVersion, error: JLoraxError) -> None:
         del self._line[version]

@@ -9,7 +9,7 @@ from jlorax.actors.stream import TokenStream
 from jlorax.adapters.pack import PackedAdapter
 from jlorax.device.device import HostOutput
 from jlorax.errors import JLoraxError
-from jlorax.layout import SlotWrite
+from jlorax.layout import LoraReach, SlotWrite
 from jlorax.scheduling.sequence import Sequence
 from jlorax.scheduling.step_plan import StepPlan
 from jlorax.types import AdapterInfo, AdapterVersion, GenerateRequest, Tier
@@ -70,6 +70,7 @@ class AdapterReady:
 
     version: AdapterVersion
     slot: int
+    reach: LoraReach
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ class Scheduler:
                 self._policy.not_at_hand(version)
             case AdapterUnloadable(version, error):
                 self._fail_waiting(version, error)
-            case AdapterReady(version, slot):
-                self._policy.pins.ready(version, slot)
+            case AdapterReady(version, slot, reach):
+                self._policy.pins.ready(version, slot, reach)
             case AdapterFailed(version, error):
                 self._policy.pins.failed(version)
                 self._fail_waiting(version, error)
@@ -111,7 +111,7 @@ class Scheduler:
             if plan is None:
                 return
             self._num_in_flight += 1
-            self._metrics.step("decode" if plan.shape.tile == 1 else "extend", plan.num_tokens)
+            self._metrics.step("decode" if plan.shape.is_decode else "extend", plan.num_tokens)
             # In the lane of the cache's writes: a write must never pass a step sent before it.
             self._runner.post(RunStep(plan))
 

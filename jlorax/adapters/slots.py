@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from jlorax.errors import ConfigError
-from jlorax.layout import ZERO_PAGE, PoolKey
+from jlorax.layout import ZERO_PAGE, LoraReach, PoolKey
 from jlorax.types import AdapterVersion
 
 Need = Mapping[PoolKey, int]
@@ -25,6 +25,7 @@ class Assignment:
     slot: int
     pages: Mapping[PoolKey, tuple[int, ...]]
     evicted: tuple[AdapterVersion, ...] = ()
+    reach: LoraReach = LoraReach.ALL
 
 
 @dataclass
@@ -74,7 +75,9 @@ class SlotTable:
         self._residents.move_to_end(version)
         return resident.assignment
 
-    def assign(self, version: AdapterVersion, need: Need) -> Assignment | None:
+    def assign(
+        self, version: AdapterVersion, need: Need, reach: LoraReach = LoraReach.ALL
+    ) -> Assignment | None:
         """Gives it a slot and pages, evicting the least recently used that are not pinned.
 
         None, and nothing changed: too much is pinned, wait for a release.
@@ -88,7 +91,7 @@ class SlotTable:
             self.evict(victim)
             self.evictions += 1
         pages = {pool: self._take(pool, count) for pool, count in need.items() if count}
-        assignment = Assignment(self._free_slots.pop(), pages, victims)
+        assignment = Assignment(self._free_slots.pop(), pages, victims, reach)
         self._residents[version] = _Resident(assignment)
         return assignment
 

@@ -18,6 +18,7 @@ from jlorax.device.step import StepOutput, empty_rows, make_step, step_arguments
 from jlorax.layout import BankLayout, PoolKey, SlotWrite, StepLayout, StepShape
 from jlorax.models.weights import BaseModel
 from jlorax.types import Progress, no_progress
+from pallas_kernels.grouped_lora.api import Implementation
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,23 @@ class Device:
         bank_layout: BankLayout,
         sizes: DeviceSizes,
         shapes: Sequence[StepShape],
+        implementation: Implementation,
         executable_dir: Path | None,
         progress: Progress = no_progress,
     ) -> None:
-        """Allocates KV pool and bank, and readies one executable per shape."""
+        """Allocates KV pool and bank, and readies one executable per shape.
+
+        ``implementation``: who computes; packed shapes are Pallas', tiled ones XLA's.
+        """
         self._leaves = model.leaves
         self._pools = empty_kv_pools(model, sizes)
         self._bank = empty_bank(bank_layout, sizes.num_slots, sizes.pool_pages)
         self._rows = empty_rows(sizes.max_batch, model.config.shape.vocab_size)
-        context = repr((model.config, model.dtype, bank_layout, sizes))
+        context = repr((model.config, model.dtype, bank_layout, sizes, implementation))
         store = ExecutableStore(executable_dir, context)
-        self._steps = self._ready_steps(model, bank_layout, sizes, shapes, store, progress)
+        self._steps = self._ready_steps(
+            model, bank_layout, sizes, shapes, implementation, store, progress
+        )
         self._writer = BankWriter(self._bank)
         self._warm_up(shapes, sizes, progress)
         self.num_compiled = store.num_compiled
@@ -77,12 +84,15 @@ class Device:
         bank_layout: BankLayout,
         sizes: DeviceSizes,
         shapes: Sequence[StepShape],
+        implementation: Implementation,
         store: ExecutableStore,
         progress: Progress,
     ) -> dict[StepShape, Any]:
         def lowering(shape: StepShape) -> Any:
             layout = StepLayout(shape, sizes.max_pages_per_sequence)
-            step = jax.jit(make_step(model, bank_layout, layout), donate_argnums=(1, 2))
+            step = jax.jit(
+                make_step(model, bank_layout, layout, implementation), donate_argnums=(1, 2)
+            )
             arguments = step_arguments(model, self._pools, self._rows, self._bank, layout)
             return lambda: step.lower(*arguments)
 

@@ -72,7 +72,7 @@ class ExecutableStore:
         """Many at once: XLA compiles outside the interpreter lock."""
         wanted = list(named)
         ready: dict[str, Any] = {}
-        with ThreadPoolExecutor(max_workers=max(2, min(8, os.cpu_count() or 2))) as threads:
+        with ThreadPoolExecutor(max_workers=max(2, min(16, os.cpu_count() or 2))) as threads:
             jobs = {name: threads.submit(self.get, name, lower) for name, lower in wanted}
             for i, (name, job) in enumerate(jobs.items()):
                 ready[name] = job.result()

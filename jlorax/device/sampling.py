@@ -130,8 +130,9 @@ def _bisect(keys: jax.Array, weights: jax.Array, target: jax.Array, active: jax.
 
     low = jnp.zeros((keys.shape[0], 1), jnp.uint32)
     top = _ordered_bits(jnp.full_like(low, jnp.inf, jnp.float32))
-    _, found = lax.fori_loop(0, jnp.where(active, 32, 0), halve, (low, top))
-    return _from_ordered_bits(found)
+    # a fixed number of turns, so that a GPU need not ask the host after each
+    search = lambda: lax.fori_loop(0, 32, halve, (low, top))[1]  # noqa: E731
+    return _from_ordered_bits(lax.cond(active, search, lambda: top))
 
 
 _SIGN = 0x80000000

@@ -11,10 +11,19 @@ from jax import lax
 
 from jlorax.device import sampling
 from jlorax.device.sampling import SamplingRows
-from jlorax.layout import SAMPLING_FLOATS, BankLayout, StepLayout
+from jlorax.layout import QUERY_BLOCKS, SAMPLING_FLOATS, BankLayout, StepLayout, StepShape
 from jlorax.models.layers import TokenBatch
 from jlorax.models.lora import Bank, LoraBatch
 from jlorax.models.weights import BaseModel
+from pallas_kernels.grouped_lora.api import BLOCK_ROWS, Implementation, RowBlocks
+from pallas_kernels.paged_attention.api import (
+    Chunks,
+    Decodes,
+    Places,
+    Queries,
+    QueryBlocks,
+    Tiles,
+)
 
 _ROWS_PER_PART = 8
 
@@ -51,11 +60,18 @@ Step = Callable[
 ]
 
 
-def make_step(model: BaseModel, bank_layout: BankLayout, layout: StepLayout) -> Step:
+def make_step(
+    model: BaseModel,
+    bank_layout: BankLayout,
+    layout: StepLayout,
+    implementation: Implementation = "xla",
+) -> Step:
     """The function of one executable; ``pools`` and ``rows`` are meant to be donated.
 
     (leaves, pools, rows, bank, packed i32[layout.size]) -> (pools, rows, output)
+    ``implementation``: who computes; packed shapes are Pallas', tiled ones XLA's.
     """
+    assert (layout.shape.blocks is None) == (implementation == "xla"), layout.shape
 
     def step(
         leaves: list[jax.Array],
@@ -68,18 +84,19 @@ def make_step(model: BaseModel, bank_layout: BankLayout, layout: StepLayout) -> 
         inputs = _unpack(packed, layout)
         tokens = _tokens(inputs, rows)
         if layout.shape.sampling:
-            rows = _count(rows, inputs, tokens, may_begin=layout.shape.tile > 1)
+            rows = _count(rows, inputs, tokens, may_begin=not layout.shape.is_decode)
         batch = TokenBatch(
             tokens=tokens,
             positions=inputs["positions"],
             rope_lengths=jnp.maximum(inputs["prompt_lengths"], inputs["positions"] + 1),
-            kv_pages=inputs["kv_pages"],
-            kv_offsets=inputs["kv_offsets"],
-            page_table=inputs["page_table"],
+            places=Places(inputs["kv_pages"], inputs["kv_offsets"]),
+            queries=_queries(inputs, layout.shape, implementation),
         )
-        hidden, pools = module(batch, pools, LoraBatch(bank, bank_layout, inputs["slots"]))
-        head_lora = LoraBatch(bank, bank_layout, inputs["out_slots"])
-        logits = module.logits(hidden[inputs["out_index"]], head_lora)
+        lora, head_lora = _adapters(bank, bank_layout, inputs, layout.shape, implementation)
+        hidden, pools = module(batch, pools, lora, implementation)
+        if not layout.shape.is_decode:
+            hidden = hidden[inputs["out_index"]]
+        logits = module.logits(hidden, head_lora)
         output = _choose(logits, inputs, rows, layout)
         last_token = rows.last_token.at[inputs["out_rows"]].set(output.tokens)
         return pools, rows._replace(last_token=last_token), output
@@ -96,6 +113,46 @@ def _unpack(packed: jax.Array, layout: StepLayout) -> dict[str, jax.Array]:
         part = lax.slice(packed, (offset,), (offset + size,)).reshape(dims)
         inputs[name] = part if dtype == "int32" else lax.bitcast_convert_type(part, dtype)
     return inputs
+
+
+def _queries(
+    inputs: dict[str, jax.Array], shape: StepShape, implementation: Implementation
+) -> Queries:
+    table, positions = inputs["page_table"], inputs["positions"]
+    if shape.blocks is None:
+        return Tiles(table, positions.reshape(shape.num_tiles, -1))
+    interpret = implementation == "pallas_interpret"
+    if shape.is_decode:
+        return Decodes(table, positions, interpret)
+    return Chunks(table, QueryBlocks(*(inputs[name] for name in QUERY_BLOCKS)), interpret)
+
+
+def _adapters(
+    bank: Bank,
+    layout: BankLayout,
+    inputs: dict[str, jax.Array],
+    shape: StepShape,
+    implementation: Implementation,
+) -> tuple[LoraBatch | None, LoraBatch | None]:
+    """The layers' view of the bank, and the head's, whose rows are the outputs."""
+    if not shape.lora:
+        return None, None
+    if shape.blocks is None:
+        return (
+            LoraBatch(bank, layout, inputs["slots"]),
+            LoraBatch(bank, layout, inputs["out_slots"]),
+        )
+    blocks = RowBlocks(inputs["lora_first"], inputs["lora_count"])
+    rows = shape.blocks.lora_rows
+    lora = LoraBatch(bank, layout, inputs["slots"], shape.lora, blocks, rows, implementation)
+    if shape.is_decode:
+        return lora, lora
+    out_slots = inputs["out_slots"]
+    base_slot = bank.num_pages.shape[0] - 1
+    each = RowBlocks(
+        jnp.arange(shape.num_outputs, dtype=jnp.int32), (out_slots != base_slot).astype(jnp.int32)
+    )
+    return lora, LoraBatch(bank, layout, out_slots, shape.lora, each, BLOCK_ROWS, implementation)
 
 
 def _tokens(inputs: dict[str, jax.Array], rows: RowState) -> jax.Array:
@@ -139,8 +196,10 @@ def _choose(
     def choose(part: tuple[jax.Array, SamplingRows, jax.Array]) -> StepOutput:
         logits, parameters, row = part
         drawn = sampling.sample(logits, parameters, rows.seen[row], rows.counts[row])
-        return StepOutput(*drawn, *sampling.alternatives(logits))
+        return StepOutput(*drawn, *_wanted_alternatives(logits, inputs["num_alternatives"]))
 
+    if layout.shape.blocks is not None:  # greedy steps have executables of their own, and room
+        return choose((logits, parameters, out_rows))
     return lax.cond(
         _is_plain(parameters, inputs["num_alternatives"]),
         lambda: _greedy_output(logits),
@@ -158,6 +217,16 @@ def _is_plain(parameters: SamplingRows, num_alternatives: jax.Array) -> jax.Arra
         | (num_alternatives > 0)
     )
     return ~jnp.any(altered)
+
+
+def _wanted_alternatives(logits: jax.Array, num_wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Zeros when no row wants any: on a GPU they take a sort."""
+    shapes = jax.eval_shape(sampling.alternatives, logits)
+
+    def nothing() -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in shapes)
+
+    return lax.cond(jnp.any(num_wanted > 0), lambda: sampling.alternatives(logits), nothing)
 
 
 def _greedy_output(logits: jax.Array) -> StepOutput:

@@ -12,26 +12,33 @@ from jlorax.models.config import ModelShape, Rope
 from jlorax.models.layers import (
     Embedding,
     Head,
-    Rotation,
+    Norm,
+    StepView,
     TokenBatch,
     head_logits,
     rotation,
 )
 from jlorax.models.lora import LoraBatch
+from pallas_kernels.skinny_matmul.api import Implementation
 
 
 class Block(Protocol):
-    """One layer: x [T, D] and its KV pool in, both out; ``turn`` is None for a model with ALiBi."""
+    """One layer. It takes the residual stream and that stream's ``attention_norm``, [T, D] both,
+    and gives the stream after it and its ``next_norm``, so that the last sum and the norm that
+    follows it can be one launch; and the layer's KV pool in and out."""
+
+    @property
+    def attention_norm(self) -> Norm: ...
 
     def __call__(
         self,
-        x: jax.Array,
-        turn: Rotation | None,
-        batch: TokenBatch,
+        stream: jax.Array,
+        normed: jax.Array,
+        step: StepView,
         pool: jax.Array,
-        lora: LoraBatch | None,
         layer: int,
-    ) -> tuple[jax.Array, jax.Array]: ...
+        next_norm: Norm,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 
 
 class CausalModel(nnx.Module):
@@ -43,7 +50,7 @@ class CausalModel(nnx.Module):
         rope: Rope | None,
         tie_embeddings: bool,
         blocks: Sequence[Block],
-        norm: nnx.Module,
+        norm: Norm,
         dtype: str,
     ) -> None:
         self.rope = rope
@@ -53,16 +60,23 @@ class CausalModel(nnx.Module):
         self.head = None if tie_embeddings else Head(shape.vocab_size, shape.d_model, dtype)
 
     def __call__(
-        self, batch: TokenBatch, pools: list[jax.Array], lora: LoraBatch | None
+        self,
+        batch: TokenBatch,
+        pools: list[jax.Array],
+        lora: LoraBatch | None,
+        implementation: Implementation = "xla",
     ) -> tuple[jax.Array, list[jax.Array]]:
         """Hidden states [T, D] before the head, and the layers' KV pools with the step's tokens."""
-        x = self.embedding(batch.tokens)
         turn = None if self.rope is None else rotation(self.rope, batch)
+        step = StepView(batch, turn, lora, implementation)
+        norms = [*(block.attention_norm for block in self.blocks), self.norm]
+        stream = self.embedding(batch.tokens)
+        normed = norms[0](stream)
         written = []
         for layer, (block, pool) in enumerate(zip(self.blocks, pools, strict=True)):
-            x, pool = block(x, turn, batch, pool, lora, layer)
+            stream, normed, pool = block(stream, normed, step, pool, layer, norms[layer + 1])
             written.append(pool)
-        return self.norm(x), written
+        return normed, written
 
     def logits(self, x: jax.Array, lora: LoraBatch | None) -> jax.Array:
         """x: [B, D] -> f32[B, V]."""

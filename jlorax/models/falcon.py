@@ -10,16 +10,8 @@ from flax import nnx
 
 from jlorax.models.causal import CausalModel
 from jlorax.models.config import FalconConfig, ModelShape
-from jlorax.models.layers import (
-    LayerNorm,
-    Rotation,
-    Site,
-    TokenBatch,
-    attend,
-    rotate,
-)
-from jlorax.models.lora import LoraBatch
-from pallas_kernels.paged_attention.api import AttentionSpec
+from jlorax.models.layers import LayerNorm, Norm, Site, StepView
+from pallas_kernels.paged_attention.api import AttentionSpec, attention
 
 _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -40,17 +32,12 @@ class Attention(nnx.Module):
         self.spec = AttentionSpec(scale=s.head_dim**-0.5, alibi_slopes=slopes)
 
     def __call__(
-        self,
-        x: jax.Array,
-        turn: Rotation | None,
-        batch: TokenBatch,
-        pool: jax.Array,
-        lora: LoraBatch | None,
-        layer: int,
+        self, x: jax.Array, step: StepView, pool: jax.Array, layer: int
     ) -> tuple[jax.Array, jax.Array]:
-        q, k, v = split_heads(self.qkv(x, lora, layer)[0], self.shape)
-        mixed, pool = attend(rotate(q, turn), rotate(k, turn), v, pool, batch, self.spec)
-        return self.out(mixed, lora, layer)[0], pool
+        q, k, v = split_heads(self.qkv(x, step, layer)[0], self.shape)
+        batch = step.batch
+        mixed, pool = attention(q, k, v, step.turn, pool, batch.places, batch.queries, self.spec)
+        return self.out(mixed.reshape(x.shape[0], -1), step, layer)[0], pool
 
 
 def split_heads(fused: jax.Array, shape: ModelShape) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -84,8 +71,8 @@ class FeedForward(nnx.Module):
         self.up = Site(("dense_h_to_4h",), d, (f,), config.bias, dtype)
         self.down = Site(("dense_4h_to_h",), f, (d,), config.bias, dtype)
 
-    def __call__(self, x: jax.Array, lora: LoraBatch | None, layer: int) -> jax.Array:
-        return self.down(_ACTIVATIONS[self.activation](self.up(x, lora, layer)[0]), lora, layer)[0]
+    def __call__(self, x: jax.Array, step: StepView, layer: int) -> jax.Array:
+        return self.down(_ACTIVATIONS[self.activation](self.up(x, step, layer)[0]), step, layer)[0]
 
 
 class Block(nnx.Module):
@@ -101,20 +88,20 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        turn: Rotation | None,
-        batch: TokenBatch,
+        stream: jax.Array,
+        normed: jax.Array,
+        step: StepView,
         pool: jax.Array,
-        lora: LoraBatch | None,
         layer: int,
-    ) -> tuple[jax.Array, jax.Array]:
-        normed = self.attention_norm(x)
-        mixed, pool = self.attention(normed, turn, batch, pool, lora, layer)
+        next_norm: Norm,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mixed, pool = self.attention(normed, step, pool, layer)
         if not self.parallel:
-            x, mixed = x + mixed, jnp.zeros_like(x)
+            stream, mixed = stream + mixed, jnp.zeros_like(stream)
         if self.ffn_norm is not None:
-            normed = self.ffn_norm(x)
-        return x + mixed + self.ffn(normed, lora, layer), pool
+            normed = self.ffn_norm(stream)
+        stream = stream + mixed + self.ffn(normed, step, layer)
+        return stream, next_norm(stream), pool
 
 
 def build(config: FalconConfig, dtype: str) -> CausalModel:

@@ -1,8 +1,9 @@
-"""The pieces that architectures share: sites, norms, rotary embedding, attention over pages."""
+"""The pieces that architectures share: sites, norms, rotary embedding, the residual stream."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,28 +11,34 @@ from flax import nnx
 
 from jlorax.models.config import Rope
 from jlorax.models.lora import LoraBatch
-from pallas_kernels.paged_attention.api import AttentionSpec, paged_attention
+from pallas_kernels.paged_attention.api import Places, Queries, Rotation
+from pallas_kernels.skinny_matmul import api as skinny
+from pallas_kernels.skinny_matmul.tuning import MAX_ROWS
 
 
 class TokenBatch(NamedTuple):
-    """One step's tokens, packed. T tokens in N attention tiles of T / N tokens.
-
-    A padded token has position -1 and writes to page 0, which no sequence owns.
-    """
+    """One step's T tokens. A padded token has position -1 and writes to page 0, nobody's."""
 
     tokens: jax.Array  # i32[T]
     positions: jax.Array  # i32[T]
     rope_lengths: jax.Array  # i32[T]: the length that dynamic RoPE scales by
-    kv_pages: jax.Array  # i32[T]: where the token's keys and values go
-    kv_offsets: jax.Array  # i32[T]
-    page_table: jax.Array  # i32[N, W]
+    places: Places
+    queries: Queries
 
 
-class Rotation(NamedTuple):
-    """cos and sin of every token's angles, f32[T, 1, head_dim / 2]; made once a step."""
+class StepView(NamedTuple):
+    """What all layers of one step share (trace time only)."""
 
-    cos: jax.Array
-    sin: jax.Array
+    batch: TokenBatch
+    turn: Rotation | None  # None: the model has ALiBi
+    lora: LoraBatch | None  # None: every row is the base model's
+    implementation: skinny.Implementation
+
+    @property
+    def fuses(self) -> bool:
+        """Whether products and what follows them are kernels of ours: a decode step on a GPU."""
+        rows = self.batch.tokens.shape[0]
+        return self.implementation != "xla" and rows <= MAX_ROWS
 
 
 class Site(nnx.Module):
@@ -45,14 +52,43 @@ class Site(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((d_in, sum(d_out)), dtype))
         self.bias = nnx.Param(jnp.zeros((sum(d_out),), dtype)) if bias else None
 
-    def __call__(self, x: jax.Array, lora: LoraBatch | None, layer: int) -> tuple[jax.Array, ...]:
+    def __call__(self, x: jax.Array, step: StepView, layer: int) -> tuple[jax.Array, ...]:
         """x: [T, d_in] -> one [T, d_out_i] per projection."""
-        y = x @ self.weight[...]
+        ends = list(accumulate(self.d_out))[:-1]
+        return tuple(jnp.split(self.joint(x, step, layer), ends, axis=-1))
+
+    def joint(self, x: jax.Array, step: StepView, layer: int, *, early: bool = False) -> jax.Array:
+        """The projections' outputs side by side: [T, sum of d_out]. ``early`` as in ``lora``."""
+        if step.fuses:
+            y = skinny.matmul(x, self.weight[...], implementation=step.implementation)
+        else:
+            y = x @ self.weight[...]
         if self.bias is not None:
             y += self.bias[...]
-        ends = [sum(self.d_out[: i + 1]) for i in range(len(self.d_out) - 1)]
-        parts = tuple(jnp.split(y, ends, axis=-1))
-        return parts if lora is None else lora.add(parts, x, self.names, layer)
+        if step.lora is not None and step.lora.covers(self.names):
+            return step.lora.add(y, x, self.names, layer, early=early)
+        return y
+
+    def delta(self, x: jax.Array, step: StepView, layer: int) -> jax.Array | None:
+        """What adapters add, [T, sum of d_out]; None where no adapter of the step has any."""
+        if step.lora is None or not step.lora.covers(self.names):
+            return None
+        return step.lora.delta(x, self.names, layer)
+
+
+def add_and_norm(
+    stream: jax.Array, site: Site, x: jax.Array, step: StepView, layer: int, norm: Norm
+) -> tuple[jax.Array, jax.Array]:
+    """(stream + site(x), its norm), both [T, D]: the residual stream and the next site's input."""
+    if not step.fuses or site.bias is not None:
+        stream += site.joint(x, step, layer)
+        return stream, norm(stream)
+    if step.lora is not None and step.lora.covers(site.names):
+        # onto the stream, not onto the product: in place, and beside the product's launch
+        stream = step.lora.add(stream, x, site.names, layer, early=True)
+    return skinny.matmul_add_norm(
+        x, site.weight[...], stream, norm.operands(), implementation=step.implementation
+    )
 
 
 class Embedding(nnx.Module):
@@ -75,7 +111,14 @@ class Head(nnx.Module):
 def head_logits(x: jax.Array, weight: jax.Array, lora: LoraBatch | None) -> jax.Array:
     """f32[B, V]. The adapter's share is computed from the head's own input, tied or not."""
     logits = jnp.einsum("bd,vd->bv", x, weight, preferred_element_type=jnp.float32)
-    return logits if lora is None else lora.add([logits], x, ("lm_head",), 0)[0]
+    if lora is None or not lora.covers(("lm_head",)):
+        return logits
+    return lora.add(logits, x, ("lm_head",), 0)
+
+
+class Norm(Protocol):
+    def __call__(self, x: jax.Array) -> jax.Array: ...
+    def operands(self) -> skinny.Norm: ...
 
 
 class RMSNorm(nnx.Module):
@@ -89,6 +132,9 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return wide.astype(x.dtype) * self.weight[...]
+
+    def operands(self) -> skinny.Norm:
+        return skinny.Norm("rms", self.weight[...], self.eps)
 
 
 class LayerNorm(nnx.Module):
@@ -105,12 +151,14 @@ class LayerNorm(nnx.Module):
         wide *= jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
         return (wide * self.weight[...] + self.bias[...]).astype(x.dtype)
 
+    def operands(self) -> skinny.Norm:
+        return skinny.Norm("layer", self.weight[...], self.eps, self.bias[...])
+
 
 def rotation(rope: Rope, batch: TokenBatch) -> Rotation:
-    """Angles of every token of the step. Su et al. 2021, arXiv:2104.09864 (half-split form)."""
+    """Angles of every token of the step, made once."""
     inv_freq = _frequencies(rope, batch.rope_lengths)
     angles = jnp.maximum(batch.positions, 0)[:, None].astype(jnp.float32) * inv_freq
-    angles = angles[:, None, :]
     return Rotation(
         jnp.cos(angles) * rope.attention_scaling, jnp.sin(angles) * rope.attention_scaling
     )
@@ -127,35 +175,3 @@ def _frequencies(rope: Rope, lengths: jax.Array) -> jax.Array:
     stretch = factor * length / rope.dynamic.max_position - (factor - 1)
     theta = rope.dynamic.theta * stretch ** (dim / (dim - 2))
     return 1.0 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-
-
-def rotate(x: jax.Array, rotation: Rotation | None) -> jax.Array:
-    """x: [T, heads, head_dim] -> the same, rotated; as it is without a rotation (ALiBi)."""
-    if rotation is None:
-        return x
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = rotation
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    pool: jax.Array,
-    batch: TokenBatch,
-    spec: AttentionSpec,
-) -> tuple[jax.Array, jax.Array]:
-    """Writes this step's keys and values to their pages, then attends over the pages.
-
-    q: [T, H, h]   k, v: [T, K, h]   pool: [P, 2, K, page_size, h] -> ([T, H * h], pool)
-    """
-    pool = pool.at[batch.kv_pages, :, :, batch.kv_offsets].set(
-        jnp.stack([k, v], axis=1).astype(pool.dtype)
-    )
-    num_tiles = batch.page_table.shape[0]
-    tiles = q.reshape(num_tiles, -1, *q.shape[1:])
-    positions = batch.positions.reshape(num_tiles, -1)
-    out = paged_attention(tiles, pool, batch.page_table, positions, spec)
-    return out.reshape(q.shape[0], -1), pool

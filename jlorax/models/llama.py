@@ -7,22 +7,20 @@ from flax import nnx
 
 from jlorax.models.causal import CausalModel
 from jlorax.models.config import LlamaConfig
-from jlorax.models.layers import (
-    RMSNorm,
-    Rotation,
-    Site,
-    TokenBatch,
-    attend,
-    rotate,
+from jlorax.models.layers import Norm, RMSNorm, Site, StepView, add_and_norm
+from pallas_kernels.paged_attention.api import (
+    AttentionSpec,
+    Decodes,
+    attention,
+    decode_attention,
 )
-from jlorax.models.lora import LoraBatch
-from pallas_kernels.paged_attention.api import AttentionSpec
+from pallas_kernels.skinny_matmul import api as skinny
 
 
 class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, dtype: str) -> None:
         s = config.shape
-        self.shape = s
+        self.head_dim = s.head_dim
         q, kv = s.num_heads * s.head_dim, s.num_kv_heads * s.head_dim
         bias = config.attention_bias
         self.qkv = Site(("q_proj", "k_proj", "v_proj"), s.d_model, (q, kv, kv), bias, dtype)
@@ -30,17 +28,19 @@ class Attention(nnx.Module):
         self.spec = AttentionSpec(scale=s.head_dim**-0.5, window=config.window)
 
     def __call__(
-        self,
-        x: jax.Array,
-        turn: Rotation | None,
-        batch: TokenBatch,
-        pool: jax.Array,
-        lora: LoraBatch | None,
-        layer: int,
+        self, x: jax.Array, step: StepView, pool: jax.Array, layer: int
     ) -> tuple[jax.Array, jax.Array]:
-        q, k, v = (y.reshape(x.shape[0], -1, self.shape.head_dim) for y in self.qkv(x, lora, layer))
-        mixed, pool = attend(rotate(q, turn), rotate(k, turn), v, pool, batch, self.spec)
-        return self.out(mixed, lora, layer)[0], pool
+        """[T, H * h] before the output projection, and the pool."""
+        rows, batch = x.shape[0], step.batch
+        if isinstance(batch.queries, Decodes):
+            qkv = self.qkv.joint(x, step, layer, early=True).reshape(rows, -1, self.head_dim)
+            mixed, pool = decode_attention(qkv, step.turn, pool, batch.queries, self.spec)
+        else:
+            q, k, v = (y.reshape(rows, -1, self.head_dim) for y in self.qkv(x, step, layer))
+            mixed, pool = attention(
+                q, k, v, step.turn, pool, batch.places, batch.queries, self.spec
+            )
+        return mixed.reshape(rows, -1), pool
 
 
 class FeedForward(nnx.Module):
@@ -51,9 +51,16 @@ class FeedForward(nnx.Module):
         self.gate_up = Site(("gate_proj", "up_proj"), d, (f, f), bias, dtype)
         self.down = Site(("down_proj",), f, (d,), bias, dtype)
 
-    def __call__(self, x: jax.Array, lora: LoraBatch | None, layer: int) -> jax.Array:
-        gate, up = self.gate_up(x, lora, layer)
-        return self.down(jax.nn.silu(gate) * up, lora, layer)[0]
+    def inner(self, x: jax.Array, step: StepView, layer: int) -> jax.Array:
+        """silu(gate(x)) * up(x): [T, F]."""
+        site = self.gate_up
+        if step.fuses and site.bias is None:
+            delta = site.delta(x, step, layer)
+            return skinny.matmul_swiglu(
+                x, site.weight[...], delta, implementation=step.implementation
+            )
+        gate, up = site(x, step, layer)
+        return jax.nn.silu(gate) * up
 
 
 class Block(nnx.Module):
@@ -66,16 +73,18 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
-        turn: Rotation | None,
-        batch: TokenBatch,
+        stream: jax.Array,
+        normed: jax.Array,
+        step: StepView,
         pool: jax.Array,
-        lora: LoraBatch | None,
         layer: int,
-    ) -> tuple[jax.Array, jax.Array]:
-        mixed, pool = self.attention(self.attention_norm(x), turn, batch, pool, lora, layer)
-        x += mixed
-        return x + self.ffn(self.ffn_norm(x), lora, layer), pool
+        next_norm: Norm,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mixed, pool = self.attention(normed, step, pool, layer)
+        stream, normed = add_and_norm(stream, self.attention.out, mixed, step, layer, self.ffn_norm)
+        inner = self.ffn.inner(normed, step, layer)
+        stream, normed = add_and_norm(stream, self.ffn.down, inner, step, layer, next_norm)
+        return stream, normed, pool
 
 
 def build(config: LlamaConfig, dtype: str) -> CausalModel:

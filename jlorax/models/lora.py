@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jlorax.layout import BankLayout, PoolKey
-from pallas_kernels.grouped_lora.api import ProjectionPages, grouped_lora
+from jlorax.layout import BankLayout, LoraReach, PoolKey
+from pallas_kernels.grouped_lora.api import Implementation, RowBlocks, SitePages, grouped_lora
 
 
 class Bank(NamedTuple):
@@ -24,28 +24,60 @@ class Bank(NamedTuple):
 class LoraBatch:
     """The bank, as the blocks of one step see it (trace time only)."""
 
-    def __init__(self, bank: Bank, layout: BankLayout, slots: jax.Array) -> None:
-        """slots: i32[NB], one per block of consecutive rows; S names the base model."""
+    def __init__(
+        self,
+        bank: Bank,
+        layout: BankLayout,
+        slots: jax.Array,
+        reach: LoraReach = LoraReach.ALL,
+        blocks: RowBlocks | None = None,
+        block_rows: int = 1,
+        implementation: Implementation = "xla",
+    ) -> None:
+        """slots: i32[NB], one per block; S names the base model. ``blocks`` None: of equally many
+        consecutive rows each. ``reach``: of the step."""
+        self._reach = reach
         self._pools = bank.pools
         self._layout = layout
+        self._blocks = blocks
+        self._block_rows = block_rows
+        self._implementation = implementation
         self._tables = bank.tables[slots]
-        self._num_pages = jnp.max(bank.num_pages[slots], axis=0)
+        self._num_pages = bank.num_pages[slots]
         self._scaling = bank.scaling[slots]
 
-    def add(
-        self, ys: Sequence[jax.Array], x: jax.Array, names: tuple[str, ...], layer: int
-    ) -> tuple[jax.Array, ...]:
-        """Each named projection's output y: [T, d_out] of x: [T, d_in], with its adapters."""
-        return grouped_lora(ys, x, [self._pages(name, layer) for name in names], layer)
+    def covers(self, names: tuple[str, ...]) -> bool:
+        """Whether any adapter of this step may have weights here."""
+        return self._layout.reach(names) <= self._reach
 
-    def _pages(self, name: str, layer: int) -> ProjectionPages:
-        i = self._layout.index[name]
-        projection = self._layout.projections[i]
-        return ProjectionPages(
-            a_pool=self._pools[self._layout.pool_a(projection)],
-            b_pool=self._pools[self._layout.pool_b(projection)],
-            a_pages=self._tables[:, i, 0],
-            b_pages=self._tables[:, i, 1],
-            num_pages=self._num_pages[i],
-            scale=self._scaling[:, i, layer],
+    def add(self, y: jax.Array, x: jax.Array, names: tuple[str, ...], layer: int) -> jax.Array:
+        """The named projections' outputs y: [T, sum of d_out], of their input x: [T, d_in], with
+        the rows' adapters added."""
+        return grouped_lora(
+            y,
+            x,
+            self._site(names),
+            self._blocks,
+            layer,
+            block_rows=self._block_rows,
+            implementation=self._implementation,
+        )
+
+    def delta(self, x: jax.Array, names: tuple[str, ...], layer: int) -> jax.Array:
+        """What the adapters add, [T, sum of d_out] in x's dtype: needs no output of the base, so
+        that it can be computed beside it."""
+        width = sum(pool.shape[-1] for pool in self._site(names).b_pools)
+        zeros = jnp.zeros((x.shape[0], width), x.dtype)
+        return self.add(zeros, x, names, layer)
+
+    def _site(self, names: Sequence[str]) -> SitePages:
+        rows = tuple(self._layout.index[name] for name in names)
+        projections = [self._layout.projections[row] for row in rows]
+        return SitePages(
+            a_pool=self._pools[self._layout.pool_a(projections[0])],
+            b_pools=tuple(self._pools[self._layout.pool_b(p)] for p in projections),
+            tables=self._tables,
+            num_pages=self._num_pages,
+            scale=self._scaling,
+            rows=rows,
         )

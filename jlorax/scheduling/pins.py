@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from jlorax.layout import LoraReach
 from jlorax.types import AdapterVersion
 
 
@@ -24,12 +25,18 @@ class PinBook:
     def __init__(self, max_pins: int) -> None:
         self._max_pins = max_pins
         self._slots: dict[AdapterVersion, int | None] = {}  # None: asked for
+        self._reach: dict[AdapterVersion, LoraReach] = {}
 
     def slot(self, version: AdapterVersion) -> int | None:
         return self._slots.get(version)
 
-    def ready(self, version: AdapterVersion, slot: int) -> None:
+    def reach(self, version: AdapterVersion | None) -> LoraReach:
+        """Of one that is ready, or of the base model."""
+        return LoraReach.NONE if version is None else self._reach[version]
+
+    def ready(self, version: AdapterVersion, slot: int, reach: LoraReach = LoraReach.ALL) -> None:
         self._slots[version] = slot
+        self._reach[version] = reach
 
     def failed(self, version: AdapterVersion) -> None:
         del self._slots[version]
@@ -44,7 +51,7 @@ class PinBook:
             if version not in window and slot is not None
         )
         for version in release:
-            del self._slots[version]
+            del self._slots[version], self._reach[version]
         self._slots.update(dict.fromkeys(acquire))
         return PinChanges(acquire, release)
 

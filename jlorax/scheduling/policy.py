@@ -66,9 +66,10 @@ class Policy:
         self.waiting: list[Sequence] = []  # preempted ones first; both by order of arrival
         self.running: list[Sequence] = []  # by order of arrival
         self.num_preemptions = 0
-        self._decode_shapes = tuple(s for s in config.shapes if s.tile == 1)
-        self._extend_shapes = tuple(s for s in config.shapes if s.tile > 1)
+        self._decode_shapes = tuple(s for s in config.shapes if s.is_decode)
+        self._extend_shapes = tuple(s for s in config.shapes if not s.is_decode)
         self._extend_capacity = max(s.num_tokens for s in self._extend_shapes)
+        self._max_chunks = max(s.num_outputs for s in self._extend_shapes)
         self._decode_capacity = max(s.num_tokens for s in self._decode_shapes)
         self._free_rows = list(range(config.max_batch - 1, -1, -1))
         self._page_tables = np.zeros((config.max_batch, config.max_pages_per_sequence), np.int32)
@@ -148,7 +149,7 @@ class Policy:
         else:
             plan = self._plan_extend(now_s) or self._plan_decode()
         if plan is not None:
-            self._last_was_extend = plan.shape.tile > 1
+            self._last_was_extend = not plan.shape.is_decode
         return plan
 
     def _plan_decode(self) -> StepPlan | None:
@@ -164,7 +165,7 @@ class Policy:
             return None
         chunks = [Chunk(s, s.num_computed, 1, self._slot(s), True) for s in chosen]
         chunks.sort(key=lambda chunk: chunk.slot)
-        shape = self._shape(self._decode_shapes, len(chunks), chosen)
+        shape = self._shape(self._decode_shapes, len(chunks), chunks)
         plan = self._builder.decode(shape, chunks)
         self._launch(chunks)
         return plan
@@ -178,12 +179,11 @@ class Policy:
             final = start + count == sequence.num_prefill
             chunks.append(Chunk(sequence, start, count, slot, final))
             tokens_left -= self._padded(count)
-            if tokens_left == 0:
+            if tokens_left == 0 or len(chunks) == self._max_chunks:
                 break
         if not chunks:
             return None
-        num_tokens = self._extend_capacity - tokens_left
-        shape = self._shape(self._extend_shapes, num_tokens, [c.sequence for c in chunks])
+        shape = self._shape(self._extend_shapes, self._extend_capacity - tokens_left, chunks)
         plan = self._builder.extend(shape, chunks)
         self._launch(chunks)
         return plan
@@ -231,10 +231,16 @@ class Policy:
         return True
 
     def _shape(
-        self, shapes: tuple[StepShape, ...], num_tokens: int, sequences: Many[Sequence]
+        self, shapes: tuple[StepShape, ...], num_tokens: int, chunks: Many[Chunk]
     ) -> StepShape:
-        shape = smallest(shapes, num_tokens, any(s.needs_sampling for s in sequences))
-        assert shape is not None, (num_tokens, shapes)
+        shape = smallest(
+            shapes,
+            num_tokens,
+            sampling=any(c.sequence.needs_sampling for c in chunks),
+            lora=max(self.pins.reach(c.sequence.version) for c in chunks),
+            num_sequences=len(chunks),
+        )
+        assert shape is not None, (num_tokens, len(chunks), shapes)
         return shape
 
     def _padded(self, count: int) -> int:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 
 import numpy as np
 
-from jlorax.layout import LAST_TOKEN, SAMPLING_FLOATS, StepLayout, StepShape
+from jlorax.layout import (
+    LAST_TOKEN,
+    LORA_BLOCKS,
+    QUERY_BLOCK,
+    QUERY_BLOCKS,
+    SAMPLING_FLOATS,
+    LoraReach,
+    StepLayout,
+    StepShape,
+)
 from jlorax.scheduling.sequence import Sequence
 
 _LOW_32 = 0xFFFFFFFF
@@ -46,7 +56,7 @@ class PlanBuilder:
         self._layout = cache(lambda shape: StepLayout(shape, page_tables.shape[1]))
 
     def decode(self, shape: StepShape, chunks: list[Chunk]) -> StepPlan:
-        """One token a sequence, which the device still holds."""
+        """One token a sequence, which the device still holds; chunks in order of their slots."""
         packed, views = self._blank(shape)
         n = len(chunks)
         sequences = [chunk.sequence for chunk in chunks]
@@ -60,38 +70,38 @@ class PlanBuilder:
         views["kv_pages"][:n] = self._page_tables[rows, positions // self._page_size]
         views["kv_offsets"][:n] = positions % self._page_size
         views["page_table"][:n] = self._page_tables[rows]
-        views["slots"][:n] = slots
+        if shape.lora and shape.blocks is None:
+            views["slots"][:n] = slots
+        elif shape.lora:
+            self._fill_lora_blocks(views, shape, chunks)
         views["out_index"][:] = np.arange(shape.num_outputs)
         self._fill_outputs(views, rows, slots, sequences)
         return StepPlan(shape, packed, tuple(sequences), n)
 
     def extend(self, shape: StepShape, chunks: list[Chunk]) -> StepPlan:
-        """Chunks of prompts; each begins at a tile of its own."""
+        """Chunks of prompts, each at a tile of its own, or one right after the other."""
         packed, views = self._blank(shape)
-        first = 0
-        out_index = []
-        for chunk in chunks:
-            self._fill_chunk(views, chunk, first, shape.tile)
-            if chunk.final:
-                out_index.append(first + chunk.count - 1)
-            first += -(-chunk.count // shape.tile) * shape.tile
-        final = [chunk for chunk in chunks if chunk.final]
-        sequences = [chunk.sequence for chunk in final]
-        views["out_index"][: len(final)] = out_index
+        firsts = list(_firsts(shape, chunks))
+        for chunk, first in zip(chunks, firsts, strict=True):
+            self._fill_tokens(views, chunk, first)
+        if shape.blocks is None:
+            self._fill_tiles(views, shape, chunks, firsts)
+        else:
+            self._fill_blocks(views, shape, chunks, firsts)
+        final = [(chunk, first) for chunk, first in zip(chunks, firsts, strict=True) if chunk.final]
+        sequences = [chunk.sequence for chunk, _ in final]
+        views["out_index"][: len(final)] = [first + chunk.count - 1 for chunk, first in final]
         rows = np.array([s.row for s in sequences], np.int32)
-        slots = np.array([chunk.slot for chunk in final], np.int32)
+        slots = np.array([chunk.slot for chunk, _ in final], np.int32)
         self._fill_outputs(views, rows, slots, sequences)
         return StepPlan(shape, packed, tuple(sequences), sum(chunk.count for chunk in chunks))
 
     def _blank(self, shape: StepShape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         return self._layout(shape).blank(self._padding_row, self._base_slot)
 
-    def _fill_chunk(
-        self, views: dict[str, np.ndarray], chunk: Chunk, first: int, tile: int
-    ) -> None:
+    def _fill_tokens(self, views: dict[str, np.ndarray], chunk: Chunk, first: int) -> None:
         sequence = chunk.sequence
         tokens = slice(first, first + chunk.count)
-        tiles = slice(first // tile, first // tile + -(-chunk.count // tile))
         positions = np.arange(chunk.start, chunk.start + chunk.count)
         table = self._page_tables[sequence.row]
         views["tokens"][tokens] = sequence.tokens[chunk.start : chunk.start + chunk.count]
@@ -100,8 +110,49 @@ class PlanBuilder:
         views["prompt_lengths"][tokens] = len(sequence.prompt)
         views["kv_pages"][tokens] = table[positions // self._page_size]
         views["kv_offsets"][tokens] = positions % self._page_size
-        views["page_table"][tiles] = table
-        views["slots"][tiles] = chunk.slot
+
+    def _fill_tiles(
+        self,
+        views: dict[str, np.ndarray],
+        shape: StepShape,
+        chunks: list[Chunk],
+        firsts: list[int],
+    ) -> None:
+        tile = shape.tile
+        for chunk, first in zip(chunks, firsts, strict=True):
+            tiles = slice(first // tile, first // tile + -(-chunk.count // tile))
+            views["page_table"][tiles] = self._page_tables[chunk.sequence.row]
+            if shape.lora:
+                views["slots"][tiles] = chunk.slot
+
+    def _fill_blocks(
+        self,
+        views: dict[str, np.ndarray],
+        shape: StepShape,
+        chunks: list[Chunk],
+        firsts: list[int],
+    ) -> None:
+        for i, chunk in enumerate(chunks):
+            views["page_table"][i] = self._page_tables[chunk.sequence.row]
+        _fill(views, QUERY_BLOCKS, list(_query_blocks(chunks, firsts)))
+        if shape.lora:
+            self._fill_lora_blocks(views, shape, chunks)
+
+    def _fill_lora_blocks(
+        self, views: dict[str, np.ndarray], shape: StepShape, chunks: list[Chunk]
+    ) -> None:
+        """Packed chunks only: what stands together of one adapter, cut into blocks of rows."""
+        assert shape.blocks is not None
+        first = 0
+        blocks: list[tuple[int, ...]] = []
+        for slot, run in groupby(chunks, key=lambda chunk: chunk.slot):
+            count = sum(chunk.count for chunk in run)
+            if slot != self._base_slot:
+                blocks += [
+                    (first + done, size, slot) for done, size in _cut(count, shape.blocks.lora_rows)
+                ]
+            first += count
+        _fill(views, LORA_BLOCKS, blocks)
 
     def _fill_outputs(
         self,
@@ -112,7 +163,8 @@ class PlanBuilder:
     ) -> None:
         n = len(sequences)
         views["out_rows"][:n] = rows
-        views["out_slots"][:n] = slots
+        if "out_slots" in views:
+            views["out_slots"][:n] = slots
         if "seeds" not in views:
             return
         for name in SAMPLING_FLOATS:
@@ -123,7 +175,49 @@ class PlanBuilder:
         views["seeds"][:n, 1] = [s.seed & _LOW_32 for s in sequences]
 
 
-def smallest(shapes: Iterable[StepShape], num_tokens: int, sampling: bool) -> StepShape | None:
-    """The cheapest shape that holds num_tokens; a step without sampling may use one that can."""
-    fitting = [s for s in shapes if s.num_tokens >= num_tokens and s.sampling >= sampling]
-    return min(fitting, key=lambda s: (s.num_tokens, s.sampling), default=None)
+def _firsts(shape: StepShape, chunks: list[Chunk]) -> Iterator[int]:
+    """Where each chunk's tokens begin."""
+    first = 0
+    for chunk in chunks:
+        yield first
+        first += -(-chunk.count // shape.tile) * shape.tile
+
+
+def _query_blocks(chunks: list[Chunk], firsts: list[int]) -> Iterator[tuple[int, int, int, int]]:
+    """(first token, count, chunk, position of the first): of each chunk the longest walk first."""
+    for i, (chunk, first) in enumerate(zip(chunks, firsts, strict=True)):
+        for done, count in reversed(list(_cut(chunk.count, QUERY_BLOCK))):
+            yield first + done, count, i, chunk.start + done
+
+
+def _cut(count: int, size: int) -> Iterator[tuple[int, int]]:
+    """(begin, length) of the pieces of ``count`` rows."""
+    for done in range(0, count, size):
+        yield done, min(size, count - done)
+
+
+def _fill(
+    views: dict[str, np.ndarray], names: tuple[str, ...], blocks: list[tuple[int, ...]]
+) -> None:
+    for name, column in zip(names, zip(*blocks, strict=True), strict=False):
+        views[name][: len(column)] = column
+
+
+def smallest(
+    shapes: Iterable[StepShape],
+    num_tokens: int,
+    sampling: bool,
+    lora: LoraReach = LoraReach.ALL,
+    num_sequences: int = 0,
+) -> StepShape | None:
+    """The cheapest shape that holds the tokens of these many sequences; a step that needs no
+    sampling or no adapters may use one that can."""
+    fitting = [
+        s
+        for s in shapes
+        if s.num_tokens >= num_tokens
+        and s.num_outputs >= num_sequences
+        and s.sampling >= sampling
+        and s.lora >= lora
+    ]
+    return min(fitting, key=lambda s: (s.num_tokens, s.sampling, s.lora), default=None)

@@ -1,26 +1,48 @@
-"""Attention of query tiles over a paged KV pool.
+"""Attention over a paged KV pool: writes a step's keys and values, then attends.
 
-For query i of tile n, standing at position p = q_positions[n, i] of its sequence:
+For a query at position p of its sequence:
 
-    out[n, i] = sum_j softmax_j(scale * (q . k_j + alibi * j)) v_j
-                over max(0, p - window + 1) <= j <= p
+    out = sum_j softmax_j(scale * (q . k_j + alibi * j)) v_j   over max(0, p - window + 1) <= j <= p
 
-    q: [N, Q, H, h]                N tiles of Q queries; a tile belongs to one sequence
-    pool: [P, 2, K, page_size, h]  keys at [:, 0], values at [:, 1]; H is a multiple of K
-    page_table: i32[N, W]          position j of tile n lies in page page_table[n, j // page_size]
-    q_positions: i32[N, Q]         < 0: a padded query, whose output is 0
+    q: [T, H, h]    k, v: [T, K, h]     rotated here, if there is a rotation; H is a multiple of K
+    pool: [P, 2, K, page_size, h]       keys at [:, 0], values at [:, 1]
 
-Decode is Q = 1; a chunk of a prompt is several tiles. Keys of the queries themselves are already in
-the pool. The bias follows transformers' Falcon: added before scaling, rounded to bfloat16.
+Who computes follows from how the queries are given:
+
+    Tiles    XLA: N tiles of T / N consecutive queries of one sequence; page_table i32[N, W]
+    Decodes  Pallas: every query its own sequence; page_table i32[T, W]
+    Chunks   Pallas: packed chunks of prompts; page_table i32[C, W] and blocks of queries
+
+Position j lies in page page_table[n, j // page_size]. A position < 0 is padding, whose output is
+finite and unspecified. The bias follows transformers' Falcon: added before scaling, rounded to
+bfloat16.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention.decode_triton import paged_decode_fused
+from pallas_kernels.paged_attention.extend_triton import QueryBlocks, paged_extend
+
+__all__ = [
+    "AttentionSpec",
+    "Chunks",
+    "Decodes",
+    "Places",
+    "Queries",
+    "QueryBlocks",
+    "Rotation",
+    "Tiles",
+    "attention",
+    "decode_attention",
+    "rotate",
+]
 
 
 @dataclass(frozen=True)
@@ -32,20 +54,108 @@ class AttentionSpec:
     alibi_slopes: tuple[float, ...] | None = None
 
 
-def paged_attention(
+class Rotation(NamedTuple):
+    """cos and sin of every token's angles, f32[T, h / 2]. Su et al. 2021, arXiv:2104.09864."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+class Places(NamedTuple):
+    """Where each token's key and value go: i32[T] each. Padding goes to page 0, nobody's."""
+
+    pages: jax.Array
+    offsets: jax.Array
+
+
+class Tiles(NamedTuple):
+    page_table: jax.Array
+    positions: jax.Array  # i32[N, T / N]
+
+
+class Decodes(NamedTuple):
+    page_table: jax.Array
+    positions: jax.Array  # i32[T]
+    interpret: bool = False
+
+
+class Chunks(NamedTuple):
+    page_table: jax.Array
+    blocks: QueryBlocks
+    interpret: bool = False
+
+
+Queries = Tiles | Decodes | Chunks
+
+
+def attention(
     q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rotation: Rotation | None,
     pool: jax.Array,
-    page_table: jax.Array,
-    q_positions: jax.Array,
+    places: Places,
+    queries: Queries,
     spec: AttentionSpec,
-) -> jax.Array:
-    """Attends; returns [N, Q, H, h] in q's dtype. See the module's formula."""
-    return xla.paged_attention(
-        q,
+) -> tuple[jax.Array, jax.Array]:
+    """([T, H, h] in q's dtype, the pool with the step's keys and values)."""
+    if isinstance(queries, Decodes):
+        qkv = jnp.concatenate([q, k, v], axis=1)
+        return decode_attention(qkv, rotation, pool, queries, spec)
+    q, k = rotate(q, rotation), rotate(k, rotation)
+    pool = pool.at[places.pages, :, :, places.offsets].set(
+        jnp.stack([k, v], axis=1).astype(pool.dtype)
+    )
+    if isinstance(queries, Chunks):
+        table, blocks, interpret = queries
+        out = paged_extend(
+            q,
+            pool,
+            table,
+            blocks,
+            scale=spec.scale,
+            window=spec.window,
+            alibi_slopes=spec.alibi_slopes,
+            interpret=interpret,
+        )
+        return out, pool
+    out = xla.paged_attention(
+        q.reshape(*queries.positions.shape, *q.shape[1:]),
         pool,
-        page_table,
-        q_positions,
+        *queries,
         scale=spec.scale,
         window=spec.window,
         alibi_slopes=spec.alibi_slopes,
     )
+    return out.reshape(q.shape), pool
+
+
+def decode_attention(
+    qkv: jax.Array,
+    rotation: Rotation | None,
+    pool: jax.Array,
+    queries: Decodes,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, jax.Array]:
+    """``attention`` of one query a sequence; qkv: [T, H + 2 K, h], as one product leaves them."""
+    return paged_decode_fused(
+        qkv,
+        rotation,
+        pool,
+        queries.page_table,
+        queries.positions,
+        scale=spec.scale,
+        window=spec.window,
+        alibi_slopes=spec.alibi_slopes,
+        interpret=queries.interpret,
+    )
+
+
+def rotate(x: jax.Array, rotation: Rotation | None) -> jax.Array:
+    """x: [T, heads, h] -> the same, rotated in halves; as it is without a rotation (ALiBi)."""
+    if rotation is None:
+        return x
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = (part[:, None, :] for part in rotation)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x.dtype)

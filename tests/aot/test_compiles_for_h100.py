@@ -24,7 +24,15 @@ from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from jlorax.device.step import make_step  # noqa: E402
-from jlorax.layout import RANK_PAGE, BankLayout, StepLayout, StepShape  # noqa: E402
+from jlorax.layout import (  # noqa: E402
+    RANK_PAGE,
+    BankLayout,
+    LoraReach,
+    StepLayout,
+    StepShape,
+    decode_shape,
+    packed_extend_shape,
+)
 from jlorax.models.config import parse_config  # noqa: E402
 from jlorax.models.weights import outline  # noqa: E402
 
@@ -74,8 +82,13 @@ def abstract(mesh: Mesh) -> Iterator[None]:
 )
 @pytest.mark.parametrize(
     "shape",
-    [StepShape(8, 1, 8, False), StepShape(8, 1, 8, True), StepShape(256, 16, 16, True)],
-    ids=["decode", "decode-sampling", "extend"],
+    [
+        decode_shape(8, sampling=False, lora=LoraReach.NONE, packed_slots=SLOTS),
+        decode_shape(8, sampling=False, packed_slots=SLOTS),
+        decode_shape(8, sampling=True, packed_slots=SLOTS),
+        packed_extend_shape(512, 8),
+    ],
+    ids=["decode-base", "decode", "decode-sampling", "extend"],
 )
 def test_step_compiles_and_updates_the_pool_in_place(
     h100: Mesh, raw: dict[str, Any], shape: StepShape
@@ -89,13 +102,13 @@ def test_step_compiles_and_updates_the_pool_in_place(
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(h100, PartitionSpec()))
 
     arguments = _arguments(model, bank, layout, on_gpu)
-    step = jax.jit(make_step(model, bank, layout), donate_argnums=(1, 2))
+    step = jax.jit(make_step(model, bank, layout, "pallas"), donate_argnums=(1, 2))
     with abstract(h100):
         compiled = step.lower(*arguments).compile()
     memory = compiled.memory_analysis()
     pools_bytes = sum(pool.size * 2 for pool in arguments[1])
     assert memory.alias_size_in_bytes >= pools_bytes, "the donated KV pool is copied"
-    if shape.tile == 1:
+    if shape.is_decode:
         assert memory.temp_size_in_bytes < 64 << 20
 
 

@@ -47,6 +47,16 @@ def test_an_adapter_depends_on_seed_and_number_alone(model: Path, tmp_path: Path
     assert second("a", 2, 0) != second("c", 2, 1)
 
 
+def test_bfloat16_halves_the_file_and_reads_as_well(model: Path, tmp_path: Path) -> None:
+    (wide,) = make_adapters(model, tmp_path / "wide", 1, ranks=(8,))
+    (half,) = make_adapters(model, tmp_path / "half", 1, ranks=(8,), dtype="bfloat16")
+    sizes = [(f / "adapter_model.safetensors").stat().st_size for f in (wide, half)]
+    assert sizes[1] < 0.7 * sizes[0]
+    read = read_adapter(half, "half", read_config(model).projections(), max_rank=64)
+    b = read.weights["q_proj"][0].b.astype(np.float32)
+    assert b.std() == pytest.approx(0.02, rel=0.2)
+
+
 def test_the_command_writes_the_targets_asked_for(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = ["2", "--rank", "4", "--targets", "up_proj", "--model", str(model), "--out", str(out)]

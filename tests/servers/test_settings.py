@@ -49,6 +49,7 @@ EXAMPLES = {
     "model": "dir",
     "model_id": "name",
     "dtype": "bfloat16",
+    "load_format": "dummy",
     "host": "127.0.0.2",
     "port": "9000",
     "adapter_root": "root",
@@ -86,6 +87,7 @@ def test_the_nearer_origin_wins(tmp_path: Path) -> None:
     ("argv", "environment", "words"),
     [
         (["--dtype", "int8"], {}, "--dtype.*float32, bfloat16"),
+        (["--load-format", "random"], {}, "--load-format.*auto, dummy"),
         (["--port", "many"], {}, "--port.*whole number"),
         (["--adapter", "nameless"], {}, "NAME=DIR"),
         ([], {"JLORAX_MAX_SLOT": "1"}, "JLORAX_MAX_SLOTS"),
@@ -125,6 +127,12 @@ def test_a_value_out_of_range_has_its_number_in_the_error(
 def test_a_port_out_of_range_is_refused() -> None:
     with pytest.raises(ConfigError, match="70000"):
         server_config({"port": 70000})
+
+
+def test_the_load_format_reaches_the_engine() -> None:
+    values = read_settings(flags("--load-format", "dummy"), {})
+    assert engine_config(values, {"XDG_CACHE_HOME": "/c"}).model.load_format == "dummy"
+    assert engine_config({}, {"XDG_CACHE_HOME": "/c"}).model.load_format == "auto"
 
 
 def test_the_largest_bucket_is_max_batch() -> None:

@@ -1,0 +1,113 @@
+"""The extend kernel compiles for an H100 at the shapes that are served, and copies no pool."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.aot]
+pytest.importorskip("jax_plugins.xla_cuda13")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+
+from pallas_kernels.paged_attention.extend_triton import (  # noqa: E402
+    BLOCK_QUERIES,
+    QueryBlocks,
+    max_query_blocks,
+    paged_extend,
+)
+from pallas_kernels.paged_attention.extend_tuning import extend_candidates  # noqa: E402
+
+LLAMA_2_7B = {"heads": (32, 32, 128)}
+MISTRAL_7B = {"heads": (32, 8, 128), "window": 4096}
+FALCON_7B = {"heads": (71, 1, 64)}
+OTHERS = {
+    "alibi": {"heads": (32, 32, 128), "alibi_slopes": tuple(2.0**-i for i in range(32))},
+    "alibi over groups, window": {
+        "heads": (32, 8, 128),
+        "alibi_slopes": tuple(2.0**-i for i in range(32)),
+        "window": 100,
+    },
+    "head_dim 80": {"heads": (32, 32, 80)},
+    "head_dim 96": {"heads": (32, 32, 96)},
+    "SmolLM2": {"heads": (9, 3, 64)},
+    "SmolLM2, f32": {"heads": (9, 3, 64), "dtype": jnp.float32},
+    "head_dim 128, f32": {"heads": (32, 32, 128), "dtype": jnp.float32},
+    "page of 16": {"heads": (32, 8, 128), "page_size": 16, "window": 4096},
+    "page of 32": {"heads": (71, 1, 64), "page_size": 32},
+    "a pool over 4 GiB": {"heads": (32, 32, 128), "num_pages": 5000},
+}
+
+
+@pytest.fixture(scope="module")
+def h100() -> Mesh:
+    description = (Path(__file__).parent / "h100.txtpb").read_text()
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=description, topology="1x1x1"
+    )
+    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
+
+
+def compiled(
+    mesh: Mesh,
+    num_tokens: int,
+    *,
+    heads: tuple[int, int, int],
+    page_size: int = 64,
+    num_pages: int = 1024,
+    dtype: Any = jnp.bfloat16,
+    **fixed: Any,
+) -> Any:
+    def on_gpu(dims: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, kind, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    num_heads, num_kv, head_dim = heads
+    num_blocks = max_query_blocks(num_tokens, 64, BLOCK_QUERIES)
+
+    def run(q: jax.Array, pool: jax.Array, table: jax.Array, blocks: QueryBlocks) -> jax.Array:
+        return paged_extend(q, pool, table, blocks, scale=head_dim**-0.5, **fixed)
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return (
+            jax.jit(run, donate_argnums=0)
+            .lower(
+                on_gpu((num_tokens, num_heads, head_dim), dtype),
+                on_gpu((num_pages, 2, num_kv, page_size, head_dim), dtype),
+                on_gpu((64, 4096 // page_size), jnp.int32),
+                QueryBlocks(*(on_gpu((num_blocks,), jnp.int32) for _ in range(4))),
+            )
+            .compile()
+        )
+
+
+def assert_in_place(executable: Any, num_tokens: int, heads: tuple[int, int, int]) -> None:
+    """The output lies in q's memory, and nothing else is allocated."""
+    memory = executable.memory_analysis()
+    assert memory.temp_size_in_bytes < 1 << 16, "the pool or the queries are copied"
+    assert memory.alias_size_in_bytes >= num_tokens * heads[0] * heads[2] * 2
+
+
+@pytest.mark.parametrize("num_tokens", [512, 2048, 8192])
+@pytest.mark.parametrize(
+    "model", [LLAMA_2_7B, MISTRAL_7B, FALCON_7B], ids=["llama", "mistral", "falcon"]
+)
+def test_served_shapes(h100: Mesh, model: dict[str, Any], num_tokens: int) -> None:
+    assert_in_place(compiled(h100, num_tokens, **model), num_tokens, model["heads"])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_shapes(h100: Mesh, name: str) -> None:
+    assert_in_place(compiled(h100, 512, **OTHERS[name]), 512, OTHERS[name]["heads"])
+
+
+@pytest.mark.parametrize("model", [MISTRAL_7B, FALCON_7B], ids=["mistral", "falcon"])
+def test_every_candidate_fits(h100: Mesh, model: dict[str, Any]) -> None:
+    for tuning in extend_candidates(model["heads"][2]):
+        compiled(h100, 2048, tuning=tuning, **model)
