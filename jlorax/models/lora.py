@@ -50,9 +50,17 @@ class LoraBatch:
         """Whether any adapter of this step may have weights here."""
         return self._layout.reach(names) <= self._reach
 
-    def add(self, y: jax.Array, x: jax.Array, names: tuple[str, ...], layer: int) -> jax.Array:
-        """The named projections' outputs y: [T, sum of d_out], of their input x: [T, d_in], with
-        the rows' adapters added."""
+    def add(
+        self,
+        y: jax.Array,
+        x: jax.Array,
+        names: tuple[str, ...],
+        layer: int,
+        *,
+        early: bool = False,
+    ) -> jax.Array:
+        """y: [T, sum of d_out] with what the rows' adapters make of the named projections' input
+        x: [T, d_in]. ``early``: what reads y next is a kernel of ours."""
         return grouped_lora(
             y,
             x,
@@ -60,6 +68,7 @@ class LoraBatch:
             self._blocks,
             layer,
             block_rows=self._block_rows,
+            early=early,
             implementation=self._implementation,
         )
 
