@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from jlorax.layout import LAST_TOKEN, PADDING, StepLayout, StepShape
+from jlorax.layout import (
+    LAST_TOKEN,
+    PADDING,
+    QUERY_BLOCK,
+    BankLayout,
+    LoraReach,
+    StepLayout,
+    StepShape,
+    decode_shape,
+    packed_extend_shape,
+)
 from jlorax.scheduling.step_plan import Chunk, PlanBuilder, StepPlan, smallest
-from jlorax.types import SamplingParams
+from jlorax.types import Projection, SamplingParams
 from tests.scheduling.world import sequence, shapes
 
 BASE_SLOT = 7
@@ -82,3 +92,89 @@ def test_the_smallest_shape_that_holds_the_tokens_and_can_sample_if_asked() -> N
     assert smallest(decode, 1, False) == StepShape(1, 1, 1, False)
     assert smallest(decode, 2, True) == StepShape(4, 1, 4, True)
     assert smallest(decode, 5, False) is None
+
+
+def blocks(v: dict[str, np.ndarray], *names: str) -> list[tuple[int, ...]]:
+    """The blocks that are not empty."""
+    columns = [v[name].tolist() for name in names]
+    return [block for block in zip(*columns, strict=True) if block[1]]
+
+
+LORA = ("lora_first", "lora_count", "slots")
+QUERIES = ("query_first", "query_count", "query_chunk", "query_position")
+
+
+def test_packed_decode_has_a_block_for_each_run_of_an_adapter() -> None:
+    chunks = []
+    for slot in [0] * 18 + [3] + [BASE_SLOT] * 2:
+        seq = sequence((1, 2))
+        seq.row = 1
+        chunks.append(Chunk(seq, 2, 1, slot, True))
+    shape = decode_shape(32, sampling=False, packed_slots=BASE_SLOT)
+    v = views(builder().decode(shape, chunks))
+    assert blocks(v, *LORA) == [(0, 16, 0), (16, 2, 0), (18, 1, 3)]
+    assert v["page_table"][20].tolist() == [5, 6]
+    assert v["out_slots"][18:22].tolist() == [3, BASE_SLOT, BASE_SLOT, BASE_SLOT]
+
+
+def test_packed_chunks_lie_one_after_the_other() -> None:
+    long, short, base = sequence(tuple(range(3, 203))), sequence((20, 21)), sequence((30,))
+    tables = np.array([list(range(1, 51)), [60] + [0] * 49, [70] + [0] * 49], np.int32)
+    long.row, short.row, base.row = 0, 1, 2
+    chunks = [
+        Chunk(long, 7, QUERY_BLOCK + 1, 1, False),
+        Chunk(short, 0, 2, 1, True),
+        Chunk(base, 0, 1, BASE_SLOT, True),
+    ]
+    shape = packed_extend_shape(256, num_chunks=4)
+    plan = PlanBuilder(tables, page_size=4, base_slot=BASE_SLOT).extend(shape, chunks)
+    v = StepLayout(shape, 50).views(plan.packed)
+    end = QUERY_BLOCK + 1
+    assert v["tokens"][end - 1 : end + 4].tolist() == [3 + 7 + QUERY_BLOCK, 20, 21, 30, 0]
+    assert v["positions"][end : end + 4].tolist() == [0, 1, 0, PADDING]
+    # the longest walk of a chunk comes first
+    assert blocks(v, *QUERIES) == [
+        (QUERY_BLOCK, 1, 0, 7 + QUERY_BLOCK),
+        (0, QUERY_BLOCK, 0, 7),
+        (end, 2, 1, 0),
+        (end + 2, 1, 2, 0),
+    ]
+    assert blocks(v, *LORA) == [(0, 64, 1), (64, 64, 1), (128, 3, 1)]
+    assert v["page_table"][:4, 0].tolist() == [1, 60, 70, 0]
+    assert v["out_index"][:2].tolist() == [end + 1, end + 2]
+    assert plan.outputs == (short, base)
+
+
+def test_packed_shapes_have_room_for_the_most_blocks() -> None:
+    """Every chunk may leave a block of its own half empty."""
+    chunks = []
+    for slot in range(8):
+        seq = sequence((1,) * 40)
+        seq.row = 1
+        chunks.append(Chunk(seq, 0, 33 if slot else 256 - 7 * 33, slot, True))
+    shape = packed_extend_shape(256, num_chunks=8)
+    tables = np.zeros((3, 64), np.int32)
+    plan = PlanBuilder(tables, page_size=4, base_slot=8).extend(shape, chunks)
+    v = StepLayout(shape, 64).views(plan.packed)
+    assert len(blocks(v, *QUERIES)) == len(blocks(v, *LORA)) == 8
+
+
+def test_the_smallest_shape_reaches_as_far_as_the_adapters_do() -> None:
+    each = tuple(decode_shape(8, False, reach, packed_slots=4) for reach in LoraReach)
+    found = [smallest(each, 5, False, reach) for reach in LoraReach]
+    assert found == list(each)
+    assert smallest(each[:2], 5, False, LoraReach.ALL) is None
+    extend = (packed_extend_shape(64, 2), packed_extend_shape(128, 8))
+    assert smallest(extend, 60, False, num_sequences=3) == extend[1]
+
+
+def test_reach_is_attention_only_when_nothing_else_is_targeted() -> None:
+    projections = (
+        Projection("q_proj", "model.layers.{layer}.self_attn.q_proj", 8, 8, 2),
+        Projection("up_proj", "model.layers.{layer}.mlp.up_proj", 8, 8, 2),
+        Projection("dense", "transformer.h.{layer}.self_attention.dense", 8, 8, 2),
+        Projection("lm_head", "lm_head", 8, 16, 1),
+    )
+    layout = BankLayout(projections, "float32", 16)
+    assert layout.reach(["q_proj", "dense"]) == LoraReach.ATTENTION
+    assert layout.reach(["q_proj", "up_proj"]) == layout.reach(["lm_head"]) == LoraReach.ALL
