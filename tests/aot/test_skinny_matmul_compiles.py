@@ -23,7 +23,8 @@ from pallas_kernels.skinny_matmul import api, tuning  # noqa: E402
 from pallas_kernels.skinny_matmul.cases import MODELS, Model  # noqa: E402
 from pallas_kernels.skinny_matmul.operands import Norm  # noqa: E402
 
-ROWS = (1, 8, 64, 256)
+ROWS = (1, 8, 64, tuning.MAX_ROWS)
+WHOLE_ROWS = (1, 8, 64, tuning.MAX_WHOLE_ROWS)  # products without splits
 KERNEL = 'custom_call_target="__gpu$xla.gpu.triton"'
 
 
@@ -70,7 +71,7 @@ def norm_of(model: Model, weight: jax.Array) -> Norm:
     return Norm("rms", weight, 1e-5) if model.gated else Norm("layer", weight, 1e-5, weight)
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", WHOLE_ROWS)
 def test_a_product_is_one_launch_and_at_most_one_sum(
     h100: Compiler, model: Model, rows: int
 ) -> None:
@@ -81,7 +82,7 @@ def test_a_product_is_one_launch_and_at_most_one_sum(
         assert len(got) <= 2
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", WHOLE_ROWS)
 def test_the_head_gives_f32_in_one_launch(h100: Compiler, model: Model, rows: int) -> None:
     def head(x: jax.Array, w: jax.Array) -> jax.Array:
         return api.matmul(
@@ -92,7 +93,7 @@ def test_the_head_gives_f32_in_one_launch(h100: Compiler, model: Model, rows: in
     assert h100.kernels(head, x, w) == ["ours"]
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", WHOLE_ROWS)
 def test_gate_and_up_with_their_activation_are_one_launch(
     h100: Compiler, gated: Model, rows: int
 ) -> None:
@@ -165,7 +166,7 @@ def test_f32_compiles(h100: Compiler, rows: int) -> None:
 
 
 def test_more_rows_are_left_to_xla(h100: Compiler) -> None:
-    rows = tuning.MAX_ROWS + 1
+    rows = tuning.MAX_WHOLE_ROWS + 1
     x, w = h100.array(rows, 4096), h100.array(4096, 4096)
     got = h100.kernels(lambda x, w: api.matmul(x, w, implementation="pallas"), x, w)
     assert "ours" not in got
