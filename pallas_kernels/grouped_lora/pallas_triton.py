@@ -42,6 +42,7 @@ from pallas_kernels.grouped_lora.tuning import (
     TuningKey,
     choose,
 )
+from pallas_kernels.triton_parts import cdiv, let_the_next_kernel_start, precision, whole
 
 _PAGE = 8  # rank columns of a page
 
@@ -64,7 +65,7 @@ def grouped_lora(
     x: [T, D]            the pools' dtype, bf16 or f32
     site, blocks         see ``operands``; no block has more than ``block_rows`` rows (16 or a
                          larger power of two), no two blocks share a row
-    early                as ``_let_the_next_start``; its condition is the caller's to keep
+    early                as ``let_the_next_kernel_start``; its condition is the caller's to keep
 
     Sums in f32, h rounded to x's dtype between the two products; f32 products in IEEE precision.
     """
@@ -167,8 +168,8 @@ def _launch(
     return pl.pallas_call(
         partial(kernel, cut),
         grid=grid,
-        in_specs=[_whole(operand.shape) for operand in operands],
-        out_specs=_whole(out.shape),
+        in_specs=[whole(operand.shape) for operand in operands],
+        out_specs=whole(out.shape),
         out_shape=out,
         input_output_aliases=aliases or {},
         compiler_params=pltriton.CompilerParams(
@@ -215,12 +216,12 @@ def _shrink_kernel(
     """Program (split, lane, block): every ``lanes``-th tile of the block's rank, over the split."""
     split, lane, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     if not cut.interpret:  # expand, a kernel of ours, is h's only reader
-        b = _let_the_next_start(b)
+        b = let_the_next_kernel_start(b)
     t = cut.tuning.shrink
     first, count, layer = _fetch(first_ref, b), _fetch(count_ref, b), _fetch(layer_ref, b * 0)
     refs = _Refs(x_ref, pool_ref, layer, tables_ref, h_ref)
     ends = list(accumulate(_fetch(num_pages_ref, b, row) for row in cut.site_rows))
-    tiles = _cdiv(ends[-1] * _PAGE, t.block_r)
+    tiles = cdiv(ends[-1] * _PAGE, t.block_r)
 
     def visit(turn: jax.Array | int, carry: tuple[_Scalars, _Scalars]) -> tuple[_Scalars, _Scalars]:
         tile = lane + turn * t.lanes
@@ -234,7 +235,7 @@ def _shrink_kernel(
         return _find_pages(cut, refs, b, tile + t.lanes, ends)
 
     found = _find_pages(cut, refs, b, lane, ends)
-    turns = jnp.where(count > 0, _cdiv(jnp.maximum(tiles - lane, 0), t.lanes), 0)
+    turns = jnp.where(count > 0, cdiv(jnp.maximum(tiles - lane, 0), t.lanes), 0)
     lax.fori_loop(0, turns, visit, found)
 
 
@@ -294,7 +295,7 @@ def _shrink_rows(
     def product(ks: jax.Array, inside: jax.Array | None) -> jax.Array:
         x = _load(refs.x, (rows, ks[None, :]), _both(own, _as_row(inside)))
         a = _read_a(refs, ranks, ks, inside)
-        return pltriton.dot(x, a, trans_b=True, precision=_precision(a))
+        return pltriton.dot(x, a, trans_b=True, precision=precision(a))
 
     total = _sum_over_split(cut, split, (cut.block_rows, *ranks.live.shape), product)
     where = refs.h.at[split, rows, ranks.column[None, :]]
@@ -365,7 +366,7 @@ def _expand_kernel(
     *pool_refs, y_ref = refs
     tile, b = pl.program_id(0), pl.program_id(1)
     if cut.early and not cut.interpret:
-        b = _let_the_next_start(b)
+        b = let_the_next_kernel_start(b)
     output, tile_in_output = _locate(tile, list(accumulate(cut.column_tiles)))
     row = _pick(output, cut.site_rows)
     first, count, layer = _fetch(first_ref, b), _fetch(count_ref, b), _fetch(layer_ref, b * 0)
@@ -429,7 +430,7 @@ def _expand_rows(
     def product(ranks: _Ranks) -> jax.Array:
         b = _read_b(inner, ranks, columns)
         h = _rows_of_h(cut, inner, rows, own, ranks)
-        return pltriton.dot(h, b, precision=_precision(b))
+        return pltriton.dot(h, b, precision=precision(b))
 
     shape = cut.block_rows, cut.tuning.expand.block_n
     total = _sum_over_ranks(cut, inner, shape, product)
@@ -487,7 +488,7 @@ def _sum_over_ranks(
     carry = inner.pages, jnp.zeros(shape, jnp.float32)
     if not cut.loops_over_ranks:
         return visit(0, carry)[1]
-    return lax.fori_loop(0, _cdiv(inner.num_pages * _PAGE, block_r), visit, carry)[1]
+    return lax.fori_loop(0, cdiv(inner.num_pages * _PAGE, block_r), visit, carry)[1]
 
 
 def _by_count(
@@ -533,24 +534,6 @@ def _spread(pages: Sequence[jax.Array], lane: jax.Array) -> jax.Array:
     return spread
 
 
-def _let_the_next_start(index: jax.Array) -> jax.Array:
-    """The index, once the launch that depends on this one may take its place on the device.
-
-    XLA begins every kernel with ``griddepcontrol.wait`` and joins them by programmatic edges
-    (xla/backends/gpu/codegen/emitters/transforms/insert_pdl_ops.cc): the next one stands ready and
-    waits for our results, instead of being launched after us. Only for a reader that is a Triton
-    kernel: XLA's own may load before their wait, through the read-only path.
-    """
-    [same] = pltriton.elementwise_inline_asm(
-        "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
-        args=[jnp.full((1,), index)],
-        constraints="=r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct((1,), index.dtype)],
-    )
-    return jnp.sum(same)
-
-
 def _fetch(ref: Any, *where: jax.Array | int) -> jax.Array:
     """ref[where], a scalar, asked for here and now.
 
@@ -576,17 +559,3 @@ def _as_row(mask: jax.Array | None) -> jax.Array | None:
 
 def _both(mask: jax.Array, other: jax.Array | None) -> jax.Array:
     return mask if other is None else mask & other
-
-
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
-
-
-def _precision(x: jax.Array) -> lax.Precision:
-    """f32 in IEEE arithmetic, never TF32; bf16 products are exact either way."""
-    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-
-
-def _cdiv(a: jax.Array, b: int) -> jax.Array:
-    """ceil(a / b) for a >= 0; ``//`` would spend instructions on signs."""
-    return lax.div(a + jnp.int32(b - 1), jnp.int32(b))

@@ -32,6 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.paged_attention.tuning import DecodeTuning, decode_tuning
+from pallas_kernels.triton_parts import bf16, cdiv, precision, whole
 
 _MASKED = -1e30  # finite, so that rescaling by a first turn is free of NaN
 _LOG2_E = math.log2(math.e)  # scores are kept in base 2, the hardware's exponential
@@ -188,8 +189,8 @@ class _Cut:
         if self.window is not None:
             oldest = jnp.maximum(position + 1 - self.window, 0)
         begin = lax.div(oldest, jnp.int32(self.tuning.turn))
-        end = _cdiv(jnp.maximum(self.stored(position), 0), self.tuning.turn)
-        share = _cdiv(end - begin, self.tuning.splits)
+        end = cdiv(jnp.maximum(self.stored(position), 0), self.tuning.turn)
+        share = cdiv(end - begin, self.tuning.splits)
         first = begin + split * share
         return first, jnp.minimum(first + share, end)
 
@@ -314,7 +315,7 @@ def _walk(program: _Program, q: jax.Array, state: _State) -> _State:
         keys, values = program.read(at, seen, pages)
         scores = _scores(cut, q, keys)
         if slopes is not None:
-            scores += _bf16(slopes[..., None] * _bf16(at.astype(jnp.float32)))
+            scores += bf16(slopes[..., None] * bf16(at.astype(jnp.float32)))
         scores = jnp.where(seen, scores * (cut.scale * _LOG2_E), _MASKED)
         return program.pages(turn + 1), _accumulate(cut, state, scores, values)
 
@@ -324,7 +325,7 @@ def _walk(program: _Program, q: jax.Array, state: _State) -> _State:
 def _scores(cut: _Cut, q: jax.Array, keys: jax.Array) -> jax.Array:
     """q k^T: f32[*rows, turn]."""
     if cut.tuning.dot:
-        return pltriton.dot(q, keys, trans_b=True, precision=_precision(keys))
+        return pltriton.dot(q, keys, trans_b=True, precision=precision(keys))
     return jnp.sum(q.astype(jnp.float32)[None, :] * keys.astype(jnp.float32), axis=1)
 
 
@@ -335,7 +336,7 @@ def _accumulate(cut: _Cut, state: _State, scores: jax.Array, values: jax.Array) 
     weights = jnp.exp2(scores - top[..., None])
     if cut.tuning.dot:
         rounded = weights.astype(values.dtype)
-        mixed = pltriton.dot(rounded, values, precision=_precision(values))
+        mixed = pltriton.dot(rounded, values, precision=precision(values))
     else:
         mixed = jnp.sum(weights[:, None] * values.astype(jnp.float32), axis=0)
     total = state.total * kept + weights.sum(-1)
@@ -377,7 +378,7 @@ def _add_new(program: _Program, q: jax.Array) -> _State:
     scores = jnp.sum(q.astype(jnp.float32) * key.astype(jnp.float32), axis=-1)
     slopes = _slopes(program)
     if slopes is not None:
-        scores += _bf16(slopes * _bf16(program.position.astype(jnp.float32)))
+        scores += bf16(slopes * bf16(program.position.astype(jnp.float32)))
     acc = jnp.broadcast_to(value.astype(jnp.float32), (*cut.rows, cut.columns))
     return _State(
         jnp.where(owns, scores * (cut.scale * _LOG2_E), _MASKED),
@@ -412,7 +413,7 @@ def _slopes(program: _Program) -> jax.Array | None:
     if "slopes" not in program.refs:
         return None
     heads, own = program.heads()
-    return _bf16(pltriton.load(program.refs["slopes"].at[heads], mask=own, other=0.0))
+    return bf16(pltriton.load(program.refs["slopes"].at[heads], mask=own, other=0.0))
 
 
 def _join_kernel(cut: _Cut, refs: Refs) -> None:
@@ -454,8 +455,8 @@ def _launch(
     out = pl.pallas_call(
         named,
         grid=grid,
-        in_specs=[_whole(x) for x in operands.values()],
-        out_specs=[_whole(x) for x in results.values()],
+        in_specs=[whole(x.shape) for x in operands.values()],
+        out_specs=[whole(x.shape) for x in results.values()],
         out_shape=list(results.values()),
         input_output_aliases={
             inputs.index(name): outputs.index(name) for name in results if name in operands
@@ -465,25 +466,3 @@ def _launch(
         name=f"paged_decode{kernel.func.__name__.removesuffix('_kernel')}",
     )(*operands.values())
     return dict(zip(outputs, out, strict=True))
-
-
-def _whole(x: Any) -> pl.BlockSpec:
-    return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
-
-
-def _precision(x: jax.Array) -> lax.Precision:
-    """f32 in IEEE arithmetic, never TF32; bf16 products are exact either way."""
-    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-
-
-def _cdiv(a: jax.Array, b: int) -> jax.Array:
-    """ceil(a / b) for a >= 0; ``//`` would spend instructions on signs."""
-    return lax.div(a + jnp.int32(b - 1), jnp.int32(b))
-
-
-def _bf16(x: jax.Array) -> jax.Array:
-    """f32 rounded to bf16, to even; a cast there and back a compiler is free to leave out."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    odd = lax.shift_right_logical(bits, jnp.uint32(16)) & jnp.uint32(1)
-    rounded = (bits + jnp.uint32(0x7FFF) + odd) & jnp.uint32(0xFFFF0000)
-    return lax.bitcast_convert_type(rounded, jnp.float32)

@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.paged_attention.extend_tuning import ExtendTuning, extend_tuning
+from pallas_kernels.triton_parts import bf16, cdiv, precision, whole
 
 BLOCK_QUERIES = 128
 _LOWEST = -1e30  # finite, so that a row that has not seen a key yet rescales without NaN
@@ -135,8 +136,8 @@ def _extend(cut: _Cut, *operands: jax.Array) -> jax.Array:
         partial(_extend_kernel, cut),
         # heads run fastest: a wave of programs shares few sequences, whose keys stay in the cache
         grid=(pl.cdiv(BLOCK_QUERIES * cut.group, tuning.rows), num_kv, count.shape[0]),
-        in_specs=[_whole(x) for x in operands],
-        out_specs=_whole(grouped),
+        in_specs=[whole(x.shape) for x in operands],
+        out_specs=whole(grouped.shape),
         out_shape=jax.ShapeDtypeStruct(grouped.shape, grouped.dtype),
         input_output_aliases={5: 0},  # a tile is read and written by one program
         compiler_params=pltriton.CompilerParams(
@@ -290,8 +291,8 @@ def _columns(part: tuple[int, int]) -> jax.Array:
 def _slopes(cut: _Cut, slopes_ref: Any, tile: _Tile) -> jax.Array:
     """f32[rows or 1, 1], rounded to bf16."""
     if cut.group == 1:
-        return _bf16(slopes_ref[tile.kv, 0]).reshape(1, 1)
-    return _bf16(pltriton.load(slopes_ref.at[tile.kv, tile.members]))[:, None]
+        return bf16(slopes_ref[tile.kv, 0]).reshape(1, 1)
+    return bf16(pltriton.load(slopes_ref.at[tile.kv, tile.members]))[:, None]
 
 
 def _walk(
@@ -312,7 +313,7 @@ def _walk(
         keys, values = _read(cut, pool_ref, table_ref, tile, begin, at <= tile.high)
         scores = reduce(operator.add, map(_dot_t, queries, keys))
         if slopes is not None:
-            scores += _bf16(slopes * _bf16(at.astype(jnp.float32))[None, :])
+            scores += bf16(slopes * bf16(at.astype(jnp.float32))[None, :])
         scores = lax.cond(
             _seen_by_all(cut, tile, begin),
             lambda: scores,
@@ -325,7 +326,7 @@ def _walk(
         jnp.zeros((cut.tuning.rows,), jnp.float32),
         tuple(jnp.zeros((cut.tuning.rows, size), jnp.float32) for _, size in cut.parts),
     )
-    return lax.fori_loop(jnp.int32(0), _cdiv(tile.high + 1 - origin, size), turn, nothing)
+    return lax.fori_loop(jnp.int32(0), cdiv(tile.high + 1 - origin, size), turn, nothing)
 
 
 def _origin(cut: _Cut, tile: _Tile) -> jax.Array:
@@ -396,32 +397,9 @@ def _accumulate(
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """a b in f32."""
-    return pltriton.dot(a, b, precision=_precision(b))
+    return pltriton.dot(a, b, precision=precision(b))
 
 
 def _dot_t(a: jax.Array, b: jax.Array) -> jax.Array:
     """a b^T in f32."""
-    return pltriton.dot(a, b, trans_b=True, precision=_precision(b))
-
-
-def _precision(x: jax.Array) -> lax.Precision:
-    """f32 in IEEE arithmetic, never TF32; bf16 products are exact either way."""
-    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-
-
-def _cdiv(a: jax.Array, b: int) -> jax.Array:
-    """ceil(a / b) for a >= 0; ``//`` would spend instructions on signs."""
-    return lax.div(a + jnp.int32(b - 1), jnp.int32(b))
-
-
-def _bf16(x: jax.Array) -> jax.Array:
-    """f32 rounded to bf16, to even; a cast there and back a compiler is free to leave out."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    odd = lax.shift_right_logical(bits, jnp.uint32(16)) & jnp.uint32(1)
-    rounded = (bits + jnp.uint32(0x7FFF) + odd) & jnp.uint32(0xFFFF0000)
-    return lax.bitcast_convert_type(rounded, jnp.float32)
-
-
-def _whole(x: Any) -> pl.BlockSpec:
-    """The whole operand: a pointer, which programs index by themselves."""
-    return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+    return pltriton.dot(a, b, trans_b=True, precision=precision(b))

@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.skinny_matmul.operands import Norm, normalise, precision, swiglu
 from pallas_kernels.skinny_matmul.tuning import MIN_DOT_ROWS, WARM_ROWS, Tile
+from pallas_kernels.triton_parts import let_the_next_kernel_start, whole
 
 Form = Literal["[K, N]", "[N, K]", "[K, 2 N]"]  # of a weight
 
@@ -77,7 +78,7 @@ def split_matmul(
 ) -> jax.Array:
     """As ``api.split_matmul``. ``activated``: x is gate and up, [T, 2 K].
 
-    ``early``: as ``_let_the_next_kernel_start``; its condition is the caller's to keep.
+    ``early``: as ``let_the_next_kernel_start``; its condition is the caller's to keep.
     """
     k, n = w.shape
     product = _Product(x.shape[0], k, n, tile, "[K, N]", activated, early and not interpret)
@@ -96,7 +97,7 @@ def reduce_add_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """As ``api.reduce_add_norm``; a program a row, and one for each row of ``next_weight`` to warm.
 
-    ``early``: as ``_let_the_next_kernel_start``; its condition is the caller's to keep.
+    ``early``: as ``let_the_next_kernel_start``; its condition is the caller's to keep.
     """
     optional = {"bias": norm.bias, "delta": delta, "next_weight": next_weight}
     named = {"partials": partials, "residual": residual, "weight": norm.weight}
@@ -122,8 +123,8 @@ def _sum(
     total, normed, *_ = pl.pallas_call(
         functools.partial(_sum_kernel, tuple(named), kind, eps, early),
         grid=(rows + warmed,),
-        in_specs=[_whole(array.shape) for array in named.values()],
-        out_specs=[_whole(array.shape) for array in out],
+        in_specs=[whole(array.shape) for array in named.values()],
+        out_specs=[whole(array.shape) for array in out],
         out_shape=out,
         compiler_params=pltriton.CompilerParams(num_warps=_sum_warps(width), num_stages=1),
         interpret=interpret,
@@ -162,8 +163,8 @@ def _multiply(
     return pl.pallas_call(
         functools.partial(kernel, product),
         grid=product.grid,
-        in_specs=[_whole(array.shape) for array in operands],
-        out_specs=_whole(out.shape),
+        in_specs=[whole(array.shape) for array in operands],
+        out_specs=whole(out.shape),
         out_shape=out,
         compiler_params=pltriton.CompilerParams(
             num_warps=tile.num_warps, num_stages=tile.num_stages
@@ -173,18 +174,13 @@ def _multiply(
     )(*operands)
 
 
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    """The whole array as one block: on Triton a plain pointer."""
-    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
-
-
 def _dot_kernel(p: _Product, x_ref: Any, w_ref: Any, *rest: Any) -> None:
     """A block of rows on the tensor cores."""
     column, block, split = (pl.program_id(axis) for axis in range(3))
     rows = block * p.tile.block_t + jnp.arange(p.tile.block_t)
     columns = column * p.tile.block_n + jnp.arange(p.tile.block_n)
     if p.early:
-        split = _let_the_next_kernel_start(split)
+        split = let_the_next_kernel_start(split)
 
     def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         k = i * p.tile.block_k + jnp.arange(p.tile.block_k)
@@ -202,7 +198,7 @@ def _vector_kernel(p: _Product, x_ref: Any, w_ref: Any, *rest: Any) -> None:
     column, _, split = (pl.program_id(axis) for axis in range(3))
     columns = column * p.tile.block_n + jnp.arange(p.tile.block_n)
     if p.early:
-        split = _let_the_next_kernel_start(split)
+        split = let_the_next_kernel_start(split)
     along_k = 1 if p.form == "[N, K]" else 0
 
     def step(i: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -290,7 +286,7 @@ def _sum_kernel(
     given = dict(zip(names, ins, strict=True))
     rows, program = outs[0].shape[0], pl.program_id(0)
     if early:
-        program = _let_the_next_kernel_start(program)
+        program = let_the_next_kernel_start(program)
     if "next_weight" not in given:
         _sum_row(given, kind, eps, program, *outs)
         return
@@ -356,21 +352,3 @@ def _inside(shape: tuple[int, ...], *bounds: tuple[jax.Array | int, int, int]) -
 def _load(ref: Any, mask: jax.Array | None, eviction_policy: str | None = None) -> jax.Array:
     other = None if mask is None else 0.0
     return pltriton.load(ref, mask=mask, other=other, eviction_policy=eviction_policy)
-
-
-def _let_the_next_kernel_start(index: jax.Array) -> jax.Array:
-    """Its programs may take their places now; they wait at their start until this grid is done.
-
-    XLA begins every kernel with ``griddepcontrol.wait`` and joins them by programmatic edges
-    (xla/backends/gpu/codegen/emitters/transforms/insert_pdl_ops.cc), so this hides its launch.
-    Only for a reader that is a Triton kernel, whose loads stay behind its wait: XLA's own kernels
-    may load through the read-only path, which the compiler is free to move before it.
-    """
-    [same] = pltriton.elementwise_inline_asm(
-        "griddepcontrol.launch_dependents; mov.b32 $0, $1;",
-        args=[jnp.full((1,), index)],
-        constraints="=r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct((1,), index.dtype)],
-    )
-    return jnp.sum(same)  # a scalar again: through a block, what is known of its indices is lost

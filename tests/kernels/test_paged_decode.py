@@ -187,7 +187,7 @@ def _one_too_few(self: Any, at: jax.Array, position: jax.Array) -> jax.Array:
 BREAKS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a split is lost": (decode_triton._Cut, "live", _first_split_only),
     "the newest key is lost": (decode_triton._Cut, "seen", _one_too_few),
-    "alibi is not rounded": (decode_triton, "_bf16", lambda x: x),
+    "alibi is not rounded": (decode_triton, "bf16", lambda x: x),
 }
 
 
