@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -30,6 +33,28 @@ def bf16(x: jax.Array) -> jax.Array:
     odd = lax.shift_right_logical(bits, jnp.uint32(16)) & jnp.uint32(1)
     rounded = (bits + jnp.uint32(0x7FFF) + odd) & jnp.uint32(0xFFFF0000)
     return lax.bitcast_convert_type(rounded, jnp.float32)
+
+
+def rotated(
+    ref: Any, index: tuple[jax.Array, ...], mask: jax.Array, head_dim: int, angles: Sequence[Any]
+) -> jax.Array:
+    """A block of q or k from ref [T, heads, h] after the rotation in halves, in its own dtype.
+
+    ``index``: (token, head, column), broadcast against each other; ``angles``: references of cos
+    and sin, f32[T, h / 2], or none: the block is as it is. Rounded once, at the end.
+    """
+    x = pltriton.load(ref.at[index], mask=mask, other=0.0)
+    if not angles:
+        return x
+    token, head, columns = index
+    half = head_dim // 2
+    left = columns < half
+    partner = jnp.where(left, columns + half, columns - half)
+    other = pltriton.load(ref.at[token, head, partner], mask=mask, other=0.0).astype(jnp.float32)
+    angle = jnp.where(left, columns, columns - half)
+    cos, sin = (pltriton.load(part.at[token, angle], mask=mask, other=0.0) for part in angles)
+    turned = x.astype(jnp.float32) * cos + other * jnp.where(left, -sin, sin)
+    return turned.astype(x.dtype)
 
 
 def let_the_next_kernel_start(index: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ from jlorax.models.layers import (
     Embedding,
     Head,
     Norm,
+    Outputs,
     StepView,
     TokenBatch,
     head_logits,
@@ -25,7 +26,8 @@ from pallas_kernels.skinny_matmul.api import Implementation
 class Block(Protocol):
     """One layer. It takes the residual stream and that stream's ``attention_norm``, [T, D] both,
     and gives the stream after it and its ``next_norm``, so that the last sum and the norm that
-    follows it can be one launch; and the layer's KV pool in and out."""
+    follows it can be one launch; and the layer's KV pool in and out. ``outputs``: the only rows
+    that are wanted of stream and norm; None: all."""
 
     @property
     def attention_norm(self) -> Norm: ...
@@ -38,6 +40,7 @@ class Block(Protocol):
         pool: jax.Array,
         layer: int,
         next_norm: Norm,
+        outputs: Outputs | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 
 
@@ -65,16 +68,23 @@ class CausalModel(nnx.Module):
         pools: list[jax.Array],
         lora: LoraBatch | None,
         implementation: Implementation = "xla",
+        outputs: Outputs | None = None,
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """Hidden states [T, D] before the head, and the layers' KV pools with the step's tokens."""
+        """Hidden states before the head, and the layers' KV pools with the step's tokens.
+
+        [B, D] of the ``outputs``, or [T, D] of all tokens.
+        """
         turn = None if self.rope is None else rotation(self.rope, batch)
-        step = StepView(batch, turn, lora, implementation)
+        step = StepView(batch, turn, lora, implementation, batch.tokens.shape[0])
         norms = [*(block.attention_norm for block in self.blocks), self.norm]
         stream = self.embedding(batch.tokens)
         normed = norms[0](stream)
         written = []
         for layer, (block, pool) in enumerate(zip(self.blocks, pools, strict=True)):
-            stream, normed, pool = block(stream, normed, step, pool, layer, norms[layer + 1])
+            wanted = outputs if layer == len(pools) - 1 else None
+            stream, normed, pool = block(
+                stream, normed, step, pool, layer, norms[layer + 1], wanted
+            )
             written.append(pool)
         return normed, written
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jlorax.models.causal import CausalModel
 from jlorax.models.config import FalconConfig, ModelShape
-from jlorax.models.layers import LayerNorm, Norm, Site, StepView
-from pallas_kernels.paged_attention.api import AttentionSpec, attention
+from jlorax.models.layers import LayerNorm, Norm, Outputs, Site, StepView, add_and_norm
+from pallas_kernels.paged_attention.api import (
+    AttentionSpec,
+    Tiles,
+    attention,
+    fused_attention,
+)
 
 _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -34,10 +38,20 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, step: StepView, pool: jax.Array, layer: int
     ) -> tuple[jax.Array, jax.Array]:
-        q, k, v = split_heads(self.qkv(x, step, layer)[0], self.shape)
-        batch = step.batch
-        mixed, pool = attention(q, k, v, step.turn, pool, batch.places, batch.queries, self.spec)
-        return self.out(mixed.reshape(x.shape[0], -1), step, layer)[0], pool
+        """[T, H * h] before the output projection, and the pool."""
+        rows, batch = x.shape[0], step.batch
+        fused = self.qkv.joint(x, step, layer)
+        if self.shape.num_kv_heads == 1 and not isinstance(batch.queries, Tiles):
+            qkv = fused.reshape(rows, -1, self.shape.head_dim)
+            mixed, pool = fused_attention(
+                qkv, step.turn, pool, batch.places, batch.queries, self.spec
+            )
+        else:
+            q, k, v = split_heads(fused, self.shape)
+            mixed, pool = attention(
+                q, k, v, step.turn, pool, batch.places, batch.queries, self.spec
+            )
+        return mixed.reshape(rows, -1), pool
 
 
 def split_heads(fused: jax.Array, shape: ModelShape) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -71,8 +85,9 @@ class FeedForward(nnx.Module):
         self.up = Site(("dense_h_to_4h",), d, (f,), config.bias, dtype)
         self.down = Site(("dense_4h_to_h",), f, (d,), config.bias, dtype)
 
-    def __call__(self, x: jax.Array, step: StepView, layer: int) -> jax.Array:
-        return self.down(_ACTIVATIONS[self.activation](self.up(x, step, layer)[0]), step, layer)[0]
+    def inner(self, x: jax.Array, step: StepView, layer: int) -> jax.Array:
+        """activation(up(x)): [T, F]."""
+        return _ACTIVATIONS[self.activation](self.up.joint(x, step, layer))
 
 
 class Block(nnx.Module):
@@ -94,14 +109,16 @@ class Block(nnx.Module):
         pool: jax.Array,
         layer: int,
         next_norm: Norm,
+        outputs: Outputs | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         mixed, pool = self.attention(normed, step, pool, layer)
-        if not self.parallel:
-            stream, mixed = stream + mixed, jnp.zeros_like(stream)
+        step, (stream, normed, mixed) = step.narrowed(outputs, stream, normed, mixed)
+        attended = stream + self.attention.out.joint(mixed, step, layer)
         if self.ffn_norm is not None:
-            normed = self.ffn_norm(stream)
-        stream = stream + mixed + self.ffn(normed, step, layer)
-        return stream, next_norm(stream), pool
+            normed = self.ffn_norm(stream if self.parallel else attended)
+        inner = self.ffn.inner(normed, step, layer)
+        stream, normed = add_and_norm(attended, self.ffn.down, inner, step, layer, next_norm)
+        return stream, normed, pool
 
 
 def build(config: FalconConfig, dtype: str) -> CausalModel:

@@ -26,6 +26,13 @@ class TokenBatch(NamedTuple):
     queries: Queries
 
 
+class Outputs(NamedTuple):
+    """The rows whose hidden states are wanted, and their adapters (trace time only)."""
+
+    rows: jax.Array  # i32[B] into the step's tokens
+    lora: LoraBatch | None
+
+
 class StepView(NamedTuple):
     """What all layers of one step share (trace time only)."""
 
@@ -33,12 +40,22 @@ class StepView(NamedTuple):
     turn: Rotation | None  # None: the model has ALiBi
     lora: LoraBatch | None  # None: every row is the base model's
     implementation: skinny.Implementation
+    num_rows: int
 
     @property
     def fuses(self) -> bool:
-        """Whether products and what follows them are kernels of ours: a decode step on a GPU."""
-        rows = self.batch.tokens.shape[0]
-        return self.implementation != "xla" and rows <= MAX_ROWS
+        """Whether products and what follows them are kernels of ours: few rows on a GPU."""
+        return self.implementation != "xla" and self.num_rows <= MAX_ROWS
+
+    def narrowed(
+        self, outputs: Outputs | None, *arrays: jax.Array
+    ) -> tuple[StepView, tuple[jax.Array, ...]]:
+        """After the last layer's attention no other row is read: the view and [T, ...] arrays of
+        the wanted rows; as they are where all rows are wanted (None)."""
+        if outputs is None:
+            return self, arrays
+        view = self._replace(lora=outputs.lora, num_rows=outputs.rows.shape[0])
+        return view, tuple(x[outputs.rows] for x in arrays)
 
 
 class Site(nnx.Module):

@@ -7,12 +7,12 @@ from flax import nnx
 
 from jlorax.models.causal import CausalModel
 from jlorax.models.config import LlamaConfig
-from jlorax.models.layers import Norm, RMSNorm, Site, StepView, add_and_norm
+from jlorax.models.layers import Norm, Outputs, RMSNorm, Site, StepView, add_and_norm
 from pallas_kernels.paged_attention.api import (
     AttentionSpec,
-    Decodes,
+    Tiles,
     attention,
-    decode_attention,
+    fused_attention,
 )
 from pallas_kernels.skinny_matmul import api as skinny
 
@@ -32,13 +32,15 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """[T, H * h] before the output projection, and the pool."""
         rows, batch = x.shape[0], step.batch
-        if isinstance(batch.queries, Decodes):
-            qkv = self.qkv.joint(x, step, layer, early=True).reshape(rows, -1, self.head_dim)
-            mixed, pool = decode_attention(qkv, step.turn, pool, batch.queries, self.spec)
-        else:
+        if isinstance(batch.queries, Tiles):
             q, k, v = (y.reshape(rows, -1, self.head_dim) for y in self.qkv(x, step, layer))
             mixed, pool = attention(
                 q, k, v, step.turn, pool, batch.places, batch.queries, self.spec
+            )
+        else:
+            qkv = self.qkv.joint(x, step, layer, early=True).reshape(rows, -1, self.head_dim)
+            mixed, pool = fused_attention(
+                qkv, step.turn, pool, batch.places, batch.queries, self.spec
             )
         return mixed.reshape(rows, -1), pool
 
@@ -79,8 +81,10 @@ class Block(nnx.Module):
         pool: jax.Array,
         layer: int,
         next_norm: Norm,
+        outputs: Outputs | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         mixed, pool = self.attention(normed, step, pool, layer)
+        step, (stream, mixed) = step.narrowed(outputs, stream, mixed)
         stream, normed = add_and_norm(stream, self.attention.out, mixed, step, layer, self.ffn_norm)
         inner = self.ffn.inner(normed, step, layer)
         stream, normed = add_and_norm(stream, self.ffn.down, inner, step, layer, next_norm)

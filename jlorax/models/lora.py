@@ -76,8 +76,10 @@ class LoraBatch:
         """What the adapters add, [T, sum of d_out] in x's dtype: needs no output of the base, so
         that it can be computed beside it."""
         width = sum(pool.shape[-1] for pool in self._site(names).b_pools)
-        zeros = jnp.zeros((x.shape[0], width), x.dtype)
-        return self.add(zeros, x, names, layer)
+        # Zeros that wait for x: plain ones XLA makes for all layers at once, before the first one;
+        # at 64 rows of Llama-2-7B that is 90 MB of scratch.
+        zero = jnp.minimum(jnp.abs(x[:, :1]), 0)
+        return self.add(jnp.broadcast_to(zero, (x.shape[0], width)), x, names, layer)
 
     def _site(self, names: Sequence[str]) -> SitePages:
         rows = tuple(self._layout.index[name] for name in names)

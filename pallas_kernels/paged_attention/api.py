@@ -14,8 +14,8 @@ Who computes follows from how the queries are given:
     Chunks   Pallas: packed chunks of prompts; page_table i32[C, W] and blocks of queries
 
 Position j lies in page page_table[n, j // page_size]. A position < 0 is padding, whose output is
-finite and unspecified. The bias follows transformers' Falcon: added before scaling, rounded to
-bfloat16.
+unspecified, and finite but for chunks. The bias follows transformers' Falcon: added before scaling,
+rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.decode_triton import paged_decode_fused
-from pallas_kernels.paged_attention.extend_triton import QueryBlocks, paged_extend
+from pallas_kernels.paged_attention.enter_triton import paged_enter
+from pallas_kernels.paged_attention.extend_triton import QueryBlocks, paged_extend_fused
 
 __all__ = [
     "AttentionSpec",
@@ -40,7 +41,7 @@ __all__ = [
     "Rotation",
     "Tiles",
     "attention",
-    "decode_attention",
+    "fused_attention",
     "rotate",
 ]
 
@@ -99,56 +100,38 @@ def attention(
     spec: AttentionSpec,
 ) -> tuple[jax.Array, jax.Array]:
     """([T, H, h] in q's dtype, the pool with the step's keys and values)."""
-    if isinstance(queries, Decodes):
+    if not isinstance(queries, Tiles):
         qkv = jnp.concatenate([q, k, v], axis=1)
-        return decode_attention(qkv, rotation, pool, queries, spec)
+        return fused_attention(qkv, rotation, pool, places, queries, spec)
     q, k = rotate(q, rotation), rotate(k, rotation)
     pool = pool.at[places.pages, :, :, places.offsets].set(
         jnp.stack([k, v], axis=1).astype(pool.dtype)
     )
-    if isinstance(queries, Chunks):
-        table, blocks, interpret = queries
-        out = paged_extend(
-            q,
-            pool,
-            table,
-            blocks,
-            scale=spec.scale,
-            window=spec.window,
-            alibi_slopes=spec.alibi_slopes,
-            interpret=interpret,
-        )
-        return out, pool
     out = xla.paged_attention(
-        q.reshape(*queries.positions.shape, *q.shape[1:]),
-        pool,
-        *queries,
-        scale=spec.scale,
-        window=spec.window,
-        alibi_slopes=spec.alibi_slopes,
+        q.reshape(*queries.positions.shape, *q.shape[1:]), pool, *queries, **vars(spec)
     )
     return out.reshape(q.shape), pool
 
 
-def decode_attention(
+def fused_attention(
     qkv: jax.Array,
     rotation: Rotation | None,
     pool: jax.Array,
-    queries: Decodes,
+    places: Places,
+    queries: Decodes | Chunks,
     spec: AttentionSpec,
 ) -> tuple[jax.Array, jax.Array]:
-    """``attention`` of one query a sequence; qkv: [T, H + 2 K, h], as one product leaves them."""
-    return paged_decode_fused(
-        qkv,
-        rotation,
-        pool,
-        queries.page_table,
-        queries.positions,
-        scale=spec.scale,
-        window=spec.window,
-        alibi_slopes=spec.alibi_slopes,
-        interpret=queries.interpret,
-    )
+    """``attention`` by Pallas; qkv: [T, H + 2 K, h], as one product leaves them."""
+    interpret = queries.interpret
+    if isinstance(queries, Decodes):
+        table, positions, _ = queries
+        return paged_decode_fused(
+            qkv, rotation, pool, table, positions, interpret=interpret, **vars(spec)
+        )
+    pool = paged_enter(qkv, rotation, pool, *places, interpret=interpret)
+    table, blocks, _ = queries
+    out = paged_extend_fused(qkv, rotation, pool, table, blocks, interpret=interpret, **vars(spec))
+    return out, pool
 
 
 def rotate(x: jax.Array, rotation: Rotation | None) -> jax.Array:

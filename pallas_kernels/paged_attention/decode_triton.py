@@ -32,7 +32,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.paged_attention.tuning import DecodeTuning, decode_tuning
-from pallas_kernels.triton_parts import bf16, cdiv, precision, whole
+from pallas_kernels.triton_parts import bf16, cdiv, precision, rotated, whole
 
 _MASKED = -1e30  # finite, so that rescaling by a first turn is free of NaN
 _LOG2_E = math.log2(math.e)  # scores are kept in base 2, the hardware's exponential
@@ -228,6 +228,11 @@ class _Program:
     position: jax.Array
 
     @property
+    def angles(self) -> list[Any]:
+        """cos and sin; none where nothing is rotated."""
+        return [self.refs[name] for name in ("cos", "sin") if name in self.refs]
+
+    @property
     def owns_new(self) -> jax.Array:
         """Whether the new key and value are this program's to add and to write."""
         return (self.split == 0) & (self.position >= 0)
@@ -284,7 +289,7 @@ def _attend_kernel(cut: _Cut, refs: Refs) -> None:
 def _attend(program: _Program) -> None:
     cut, refs = program.cut, program.refs
     index, mask = program.own_block()
-    q = _rotated(program, refs["q"], index, mask)
+    q = rotated(refs["q"], index, mask, cut.head_dim, program.angles)
     state = _add_new(program, q) if cut.fused else _empty(cut)
     top, total, acc = _walk(program, q, state)
     out = acc / jnp.maximum(total, 1e-30)[..., None]
@@ -366,7 +371,7 @@ def _add_new(program: _Program, q: jax.Array) -> _State:
         (program.seq, jnp.broadcast_to(head, columns.shape), columns)
         for head in (k_head, k_head + pool.shape[2])
     )
-    key = _rotated(program, qkv, k_index, mask).astype(pool.dtype)
+    key = rotated(qkv, k_index, mask, cut.head_dim, program.angles).astype(pool.dtype)
     value = pltriton.load(qkv.at[v_index], mask=mask, other=0.0).astype(pool.dtype)
     page_size = jnp.int32(cut.page_size)
     newest = jnp.maximum(program.position, 0)
@@ -385,27 +390,6 @@ def _add_new(program: _Program, q: jax.Array) -> _State:
         jnp.where(owns, jnp.ones(cut.rows, jnp.float32), 0.0),
         jnp.where(owns, acc, 0.0),
     )
-
-
-def _rotated(
-    program: _Program, ref: Any, index: tuple[jax.Array, ...], mask: jax.Array
-) -> jax.Array:
-    """A block of q or k after the rotation, in its own dtype; as it is without one."""
-    x = pltriton.load(ref.at[index], mask=mask, other=0.0)
-    if "cos" not in program.refs:
-        return x
-    *rest, columns = index
-    half = program.cut.head_dim // 2
-    left = columns < half
-    partner = jnp.where(left, columns + half, columns - half)
-    other = pltriton.load(ref.at[*rest, partner], mask=mask, other=0.0).astype(jnp.float32)
-    angle = jnp.where(left, columns, columns - half)
-    cos, sin = (
-        pltriton.load(program.refs[name].at[program.seq, angle], mask=mask, other=0.0)
-        for name in ("cos", "sin")
-    )
-    turned = x.astype(jnp.float32) * cos + other * jnp.where(left, -sin, sin)
-    return turned.astype(x.dtype)
 
 
 def _slopes(program: _Program) -> jax.Array | None:

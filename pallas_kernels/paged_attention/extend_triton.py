@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -35,9 +35,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
 
 from pallas_kernels.paged_attention.extend_tuning import ExtendTuning, extend_tuning
-from pallas_kernels.triton_parts import bf16, cdiv, precision, whole
+from pallas_kernels.triton_parts import bf16, cdiv, precision, rotated, whole
 
 BLOCK_QUERIES = 128
+Refs = Mapping[str, Any]
 _LOWEST = -1e30  # finite, so that a row that has not seen a key yet rescales without NaN
 
 
@@ -115,43 +116,88 @@ def paged_extend(
     products in IEEE precision. Errors against ``reference``: order of summation, and with bf16
     weights rounded to bf16.
     """
-    num_tokens, num_heads, head_dim = q.shape
-    num_kv, page_size = pool.shape[2:4]
-    group = num_heads // num_kv
-    tuning = tuning or extend_tuning(q.dtype.itemsize, head_dim)
-    cut = _Cut(group, head_dim, page_size, scale, window, tuning, interpret)
-    grouped = q.reshape(num_tokens, num_kv, group, head_dim)
-    operands = [*map(jnp.asarray, blocks), page_table, grouped, pool]
+    cut = _Cut.of(q, q.shape[1], pool, scale, window, tuning, interpret)
+    return _extend(cut, _operands(q, None, pool, page_table, blocks, alibi_slopes))
+
+
+def paged_extend_fused(
+    qkv: jax.Array,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    pool: jax.Array,
+    page_table: jax.Array,
+    blocks: QueryBlocks,
+    *,
+    scale: float,
+    window: int | None = None,
+    alibi_slopes: tuple[float, ...] | None = None,
+    interpret: bool = False,
+    tuning: ExtendTuning | None = None,
+) -> jax.Array:
+    """``paged_extend`` of queries as one product leaves them: rotated as they are read.
+
+    qkv: [T, H + 2 K, h]                 heads of q, then k, then v; k and v are in the pool already
+    rotation: (cos, sin), f32[T, h / 2]  as in ``paged_decode_fused``; None: q stays as it is
+    Returns [T, H, h]; a row in no block holds anything.
+    """
+    num_heads = qkv.shape[1] - 2 * pool.shape[2]
+    cut = _Cut.of(qkv, num_heads, pool, scale, window, tuning, interpret)
+    return _extend(cut, _operands(qkv, rotation, pool, page_table, blocks, alibi_slopes))
+
+
+def _operands(
+    q: jax.Array,
+    rotation: tuple[jax.Array, jax.Array] | None,
+    pool: jax.Array,
+    page_table: jax.Array,
+    blocks: QueryBlocks,
+    alibi_slopes: tuple[float, ...] | None,
+) -> dict[str, jax.Array]:
+    """The kernel's arrays by name."""
+    named = dict(zip(blocks._fields, map(jnp.asarray, blocks), strict=True))
+    named |= {"table": page_table, "q": q, "pool": pool}
+    if rotation is not None:
+        named |= {"cos": rotation[0], "sin": rotation[1]}
     if alibi_slopes is not None:
-        operands.append(jnp.asarray(alibi_slopes, jnp.float32).reshape(num_kv, group))
-    return _extend(cut, *operands).reshape(q.shape)
+        named["slopes"] = jnp.asarray(alibi_slopes, jnp.float32)
+    return named
 
 
 # The layers of a model are one function, traced and lowered once.
 @partial(jax.jit, static_argnums=0)
-def _extend(cut: _Cut, *operands: jax.Array) -> jax.Array:
-    _, count, _, _, _, grouped, pool, *_ = operands
-    tuning, num_kv = cut.tuning, pool.shape[2]
+def _extend(cut: _Cut, operands: dict[str, jax.Array]) -> jax.Array:
+    names, arrays = list(operands), list(operands.values())
+    q, pool, tuning = operands["q"], operands["pool"], cut.tuning
+    out = jax.ShapeDtypeStruct((q.shape[0], cut.num_heads, cut.head_dim), q.dtype)
+
+    def named(*refs: Any) -> None:
+        _extend_kernel(cut, dict(zip([*names, "out"], refs, strict=True)))
+
     return pl.pallas_call(
-        partial(_extend_kernel, cut),
+        named,
         # heads run fastest: a wave of programs shares few sequences, whose keys stay in the cache
-        grid=(pl.cdiv(BLOCK_QUERIES * cut.group, tuning.rows), num_kv, count.shape[0]),
-        in_specs=[whole(x.shape) for x in operands],
-        out_specs=whole(grouped.shape),
-        out_shape=jax.ShapeDtypeStruct(grouped.shape, grouped.dtype),
-        input_output_aliases={5: 0},  # a tile is read and written by one program
+        grid=(
+            pl.cdiv(BLOCK_QUERIES * cut.group, tuning.rows),
+            pool.shape[2],
+            operands["count"].shape[0],
+        ),
+        in_specs=[whole(x.shape) for x in arrays],
+        out_specs=whole(out.shape),
+        out_shape=out,
+        # a tile is read and written by one program
+        input_output_aliases={names.index("q"): 0} if out.shape == q.shape else {},
         compiler_params=pltriton.CompilerParams(
             num_warps=tuning.num_warps, num_stages=tuning.num_stages
         ),
         interpret=cut.interpret,
         name="paged_extend",
-    )(*operands)
+    )(*arrays)
 
 
 @dataclass(frozen=True)
 class _Cut:
     """What is fixed at compile time."""
 
+    num_heads: int
     group: int
     head_dim: int
     page_size: int
@@ -159,6 +205,23 @@ class _Cut:
     window: int | None
     tuning: ExtendTuning
     interpret: bool
+
+    @classmethod
+    def of(
+        cls,
+        q: jax.Array,
+        num_heads: int,
+        pool: jax.Array,
+        scale: float,
+        window: int | None,
+        tuning: ExtendTuning | None,
+        interpret: bool,
+    ) -> _Cut:
+        head_dim = q.shape[2]
+        num_kv, page_size = pool.shape[2:4]
+        tuning = tuning or extend_tuning(q.dtype.itemsize, head_dim)
+        group = num_heads // num_kv
+        return cls(num_heads, group, head_dim, page_size, scale, window, tuning, interpret)
 
     @property
     def factor(self) -> float:
@@ -211,45 +274,31 @@ class _Tile(NamedTuple):
 _State = tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]
 
 
-def _extend_kernel(
-    cut: _Cut,
-    first_ref: Any,
-    count_ref: Any,
-    chunk_ref: Any,
-    position_ref: Any,
-    table_ref: Any,
-    q_ref: Any,
-    pool_ref: Any,
-    *refs: Any,
-) -> None:
+def _extend_kernel(cut: _Cut, refs: Refs) -> None:
     """Program (tile, kv, block)."""
     begin, kv, block = pl.program_id(0) * cut.tuning.rows, pl.program_id(1), pl.program_id(2)
-    count, first, chunk = count_ref[block], first_ref[block], chunk_ref[block]
-    position = position_ref[block]
+    first, count, chunk, position = (refs[name][block] for name in QueryBlocks._fields)
     # none of them is ever negative: asking makes the four loads wait at once, not in turn
     live = (begin < count * cut.group) & (jnp.minimum(first, jnp.minimum(chunk, position)) >= 0)
 
     @pl.when(live)
     def _() -> None:
-        tile = _tile(cut, begin, kv, first, count, chunk, position)
-        _attend(cut, tile, table_ref, q_ref, pool_ref, refs)
+        _attend(cut, _tile(cut, begin, kv, first, count, chunk, position), refs)
 
 
-def _attend(
-    cut: _Cut, tile: _Tile, table_ref: Any, q_ref: Any, pool_ref: Any, refs: tuple[Any, ...]
-) -> None:
-    """Reads the tile's queries, walks the keys, writes the output where the queries were."""
-    *slopes_ref, out_ref = refs
+def _attend(cut: _Cut, tile: _Tile, refs: Refs) -> None:
+    """Reads the tile's queries, walks the keys, writes the output."""
+    angles = [refs[name] for name in ("cos", "sin") if name in refs]
+    live = tile.live[:, None]
     queries = tuple(
-        pltriton.load(q_ref.at[where], mask=tile.live[:, None], other=0.0)
-        for where in _places(cut, tile)
+        rotated(refs["q"], where, live, cut.head_dim, angles) for where in _places(cut, tile)
     )
-    slopes = _slopes(cut, slopes_ref[0], tile) if slopes_ref else None
-    _, total, acc = _walk(cut, tile, queries, slopes, pool_ref, table_ref)
+    slopes = _slopes(cut, refs["slopes"], tile) if "slopes" in refs else None
+    _, total, acc = _walk(cut, tile, queries, slopes, refs["pool"], refs["table"])
     inverse = 1.0 / total
     for where, sums in zip(_places(cut, tile), acc, strict=True):
-        out = (sums * inverse[:, None]).astype(out_ref.dtype)
-        pltriton.store(out_ref.at[where], out, mask=tile.live[:, None])
+        out = (sums * inverse[:, None]).astype(refs["out"].dtype)
+        pltriton.store(refs["out"].at[where], out, mask=live)
 
 
 def _tile(
@@ -279,8 +328,9 @@ def _tile(
 
 def _places(cut: _Cut, tile: _Tile) -> Iterator[tuple[jax.Array, ...]]:
     """Where the tile's queries lie, and its outputs, part by part: indices of [rows, size]."""
+    heads = tile.kv * cut.group + tile.members
     for part in cut.parts:
-        yield tile.tokens[:, None], tile.kv, tile.members[:, None], _columns(part)[None, :]
+        yield tile.tokens[:, None], heads[:, None], _columns(part)[None, :]
 
 
 def _columns(part: tuple[int, int]) -> jax.Array:
@@ -291,8 +341,8 @@ def _columns(part: tuple[int, int]) -> jax.Array:
 def _slopes(cut: _Cut, slopes_ref: Any, tile: _Tile) -> jax.Array:
     """f32[rows or 1, 1], rounded to bf16."""
     if cut.group == 1:
-        return bf16(slopes_ref[tile.kv, 0]).reshape(1, 1)
-    return bf16(pltriton.load(slopes_ref.at[tile.kv, tile.members]))[:, None]
+        return bf16(slopes_ref[tile.kv]).reshape(1, 1)
+    return bf16(pltriton.load(slopes_ref.at[tile.kv * cut.group + tile.members]))[:, None]
 
 
 def _walk(

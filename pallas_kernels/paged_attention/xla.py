@@ -59,10 +59,12 @@ def paged_attention(
 
     first, last = _page_range(q_positions, page_size, window)
     shape = (num_tiles, num_kv, group, tile)
+    # not a constant, which XLA would share among the layers and copy for each before the first
+    nothing = (queries * 0).astype(jnp.float32).reshape(*shape, head_dim)
     empty = (
         jnp.full(shape, _MASKED, jnp.float32),
         jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, head_dim), jnp.float32),
+        nothing,
     )
     _, total, acc = lax.fori_loop(first, last, visit, empty)
     out = acc / jnp.maximum(total, 1e-30)[..., None]

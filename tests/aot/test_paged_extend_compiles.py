@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
+from pallas_kernels.paged_attention.api import (  # noqa: E402
+    AttentionSpec,
+    Chunks,
+    Places,
+    Rotation,
+    fused_attention,
+)
 from pallas_kernels.paged_attention.extend_triton import (  # noqa: E402
     BLOCK_QUERIES,
     QueryBlocks,
@@ -105,6 +113,43 @@ def test_served_shapes(h100: Mesh, model: dict[str, Any], num_tokens: int) -> No
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_shapes(h100: Mesh, name: str) -> None:
     assert_in_place(compiled(h100, 512, **OTHERS[name]), 512, OTHERS[name]["heads"])
+
+
+@pytest.mark.parametrize("heads", [(32, 32, 128), (32, 8, 128), (71, 1, 64), (32, 32, 80)], ids=str)
+@pytest.mark.parametrize("num_pages", [1024, 5000], ids=["1024 pages", "5000 pages"])
+def test_fused_writes_the_pool_in_place(
+    h100: Mesh, heads: tuple[int, int, int], num_pages: int
+) -> None:
+    def on_gpu(dims: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, kind, sharding=NamedSharding(h100, PartitionSpec()))
+
+    num_tokens, (num_heads, num_kv, head_dim) = 2048, heads
+    blocks = max_query_blocks(num_tokens, 64, BLOCK_QUERIES)
+    tokens, angles = on_gpu((num_tokens,), jnp.int32), (num_tokens, head_dim // 2)
+    pool = on_gpu((num_pages, 2, num_kv, 64, head_dim), jnp.bfloat16)
+
+    def run(qkv: jax.Array, turn: Rotation, pool: jax.Array, at: Places, chunks: Chunks) -> Any:
+        spec = AttentionSpec(head_dim**-0.5)
+        return fused_attention(qkv, turn, pool, at, chunks._replace(interpret=False), spec)
+
+    with jax.sharding.use_abstract_mesh(h100.abstract_mesh):
+        executable = (
+            jax.jit(run, donate_argnums=2)
+            .lower(
+                on_gpu((num_tokens, num_heads + 2 * num_kv, head_dim), jnp.bfloat16),
+                Rotation(on_gpu(angles, jnp.float32), on_gpu(angles, jnp.float32)),
+                pool,
+                Places(tokens, tokens),
+                Chunks(
+                    on_gpu((64, 64), jnp.int32),
+                    QueryBlocks(*(on_gpu((blocks,), jnp.int32) for _ in range(4))),
+                ),
+            )
+            .compile()
+        )
+    memory = executable.memory_analysis()
+    assert memory.temp_size_in_bytes < 1 << 16, "the pool or the queries are copied"
+    assert memory.alias_size_in_bytes == math.prod(pool.shape) * 2
 
 
 @pytest.mark.parametrize("model", [MISTRAL_7B, FALCON_7B], ids=["mistral", "falcon"])

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import reference
+from pallas_kernels.paged_attention.api import Rotation, rotate
+from pallas_kernels.paged_attention.enter_triton import paged_enter
 from pallas_kernels.paged_attention.extend_triton import (
     BLOCK_QUERIES,
     QueryBlocks,
     max_query_blocks,
     paged_extend,
+    paged_extend_fused,
     query_blocks,
 )
 from pallas_kernels.paged_attention.extend_tuning import ExtendTuning
@@ -252,6 +255,69 @@ def test_the_comparison_notices(name: str) -> None:
     g = given(Case(chunks=((3, 20), (40, 9)), window=9, alibi_slopes=(0.5, 0.25, 0.125, 0.3)))
     error = np.abs(extend(BREAKS[name](g))[: g.num_live] - expected(g)).max()
     assert not error < 50 * TOLERANCE
+
+
+FUSED = {
+    "rotated": Case(chunks=PACKED),
+    "rotated, 13 over 1": Case(num_heads=13, num_kv_heads=1, chunks=PACKED),
+    "rotated, head_dim 80": Case(head_dim=80, chunks=((0, 21), (30, 9))),
+    "alibi": Case(chunks=PACKED, alibi_slopes=(0.5, 0.25, 0.125, 0.3)),
+    "bf16": Case(chunks=PACKED, head_dim=64, page_size=64, dtype=jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_equals_the_steps_apart(name: str) -> None:
+    """Rotating, entering keys and values, attending: by the kernels, and in plain jnp."""
+    g = given(FUSED[name])
+    case, random = g.case, np.random.default_rng(2)
+    num_tokens, num_kv = len(g.q), case.num_kv_heads
+    pages, offsets = places(g)
+    qkv = random.normal(size=(num_tokens, case.num_heads + 2 * num_kv, case.head_dim))
+    qkv, pool = jnp.asarray(qkv, case.dtype), jnp.asarray(g.pool, case.dtype)
+    turn = None
+    if case.alibi_slopes is None:
+        angles = random.uniform(0, 6, (num_tokens, case.head_dim // 2)).astype(np.float32)
+        turn = Rotation(jnp.cos(angles), jnp.sin(angles))
+
+    entered = paged_enter(qkv, turn, pool, pages, offsets, interpret=True)
+    blocks = QueryBlocks(*map(jnp.asarray, g.blocks))
+    out = paged_extend_fused(
+        qkv, turn, entered, g.page_table, blocks, interpret=True, tuning=case.tuning, **g.fixed
+    )
+
+    q, k, v = jnp.split(qkv, [case.num_heads, case.num_heads + num_kv], axis=1)
+    live = slice(0, g.num_live)
+    new = jnp.stack([rotate(k, turn), v], axis=1)[live]
+    want_pool = pool.at[pages[live], :, :, offsets[live]].set(new)
+    error = 2e-2 if case.dtype == jnp.bfloat16 else 1e-6  # a rounding step of the largest key
+    as_f32 = (np.asarray(x, np.float32) for x in (entered, want_pool))
+    np.testing.assert_allclose(*as_f32, atol=error, rtol=0)
+    apart = replace(
+        g, q=np.asarray(rotate(q, turn), np.float32), pool=np.asarray(want_pool, np.float32)
+    )
+    got = np.asarray(out, np.float32)[live]
+    np.testing.assert_allclose(got, expected(apart), atol=2 * tolerance(case), rtol=0)
+
+
+def places(g: Given) -> tuple[np.ndarray, np.ndarray]:
+    """Page and offset of every packed token; page 0 for padding."""
+    pages, offsets = np.zeros((2, len(g.q)), np.int32)
+    row = 0
+    for table, (past, length) in zip(g.page_table, g.case.chunks, strict=False):
+        at = np.arange(past, past + length)
+        pages[row : row + length] = table[at // g.case.page_size]
+        offsets[row : row + length] = at % g.case.page_size
+        row += length
+    return pages, offsets
+
+
+def test_padding_enters_nothing() -> None:
+    g = given(Case(chunks=PACKED))
+    qkv = jnp.ones((len(g.q), 8, 16))
+    pool = paged_enter(qkv, None, jnp.asarray(g.pool), *places(g), interpret=True)
+    np.testing.assert_array_equal(pool[0], g.pool.astype(np.float32)[0])
+    assert (np.asarray(pool) == 1).sum() == g.num_live * 2 * 2 * 16
 
 
 def test_query_blocks() -> None:
