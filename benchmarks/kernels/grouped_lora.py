@@ -97,6 +97,12 @@ WORKS = (
     *(Work(n, min(n, 64), num_outputs=3) for n in (1, 64, 8192)),
     *(Work(n, min(n, 64), max_rank=64) for n in (1, 64, 8192)),
 )
+# what a step launches: the attention's inputs, and its output
+SWEEPS = tuple(
+    Work(n, min(n, 64), num_outputs)
+    for n in (128, 256, 64, 32, 8, 1, 8192, 2048)
+    for num_outputs in (3, 1)
+)
 
 
 def cases() -> list[KernelCase]:
@@ -104,7 +110,7 @@ def cases() -> list[KernelCase]:
 
 
 def sweep() -> list[KernelCase]:
-    return [_case(work, _build_sweep) for work in WORKS]
+    return [_case(work, _build_sweep) for work in SWEEPS]
 
 
 def _case(work: Work, build: Callable[[Work], Built]) -> KernelCase:
