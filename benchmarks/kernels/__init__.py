@@ -24,7 +24,7 @@ from benchmarks.kernels.protocol import KernelCase
 from benchmarks.kernels.results import Result
 from benchmarks.report import JsonLines
 
-OPS = ("grouped_lora", "paged_attention", "paged_extend", "skinny_matmul")
+OPS = ("grouped_lora", "paged_attention", "paged_extend", "sampling", "skinny_matmul")
 _REPEATS, _SWEEP_REPEATS = 11, 5
 _CASES_AT_ONCE = 4  # compiled together, so that every core has work
 _BYTES_AT_ONCE = 16 << 30

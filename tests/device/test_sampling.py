@@ -10,6 +10,7 @@ import pytest
 from jlorax.device import sampling
 from jlorax.device.sampling import SamplingRows
 from jlorax.device.step import StepOutput, _in_parts
+from pallas_kernels.sampling import xla
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -24,7 +25,9 @@ OFF = {
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
     "top_k": 0,
+    "num_alternatives": 0,
 }
+INTEGERS = ("top_k", "num_alternatives")
 
 
 def logits_of(num_rows: int, vocab_size: int, seed: int = 0) -> np.ndarray:
@@ -37,7 +40,7 @@ def rows_of(
 ) -> SamplingRows:
     columns = {
         name: jnp.asarray(
-            [row.get(name, off) for row in rows], jnp.int32 if name == "top_k" else jnp.float32
+            [row.get(name, off) for row in rows], jnp.int32 if name in INTEGERS else jnp.float32
         )
         for name, off in OFF.items()
     }
@@ -57,10 +60,10 @@ def kept(filtered: jax.Array) -> np.ndarray:
 @pytest.mark.parametrize(
     ("ours", "warper", "values"),
     [
-        ("_top_k", "TopKLogitsWarper", (1, 2, 40, 319)),
-        ("_top_p", "TopPLogitsWarper", (0.05, 0.5, 0.9, 0.99)),
-        ("_min_p", "MinPLogitsWarper", (0.001, 0.05, 0.3, 0.9)),
-        ("_typical_p", "TypicalLogitsWarper", (0.05, 0.2, 0.9, 0.99)),
+        ("top_k", "TopKLogitsWarper", (1, 2, 40, 319)),
+        ("top_p", "TopPLogitsWarper", (0.05, 0.5, 0.9, 0.99)),
+        ("min_p", "MinPLogitsWarper", (0.001, 0.05, 0.3, 0.9)),
+        ("typical_p", "TypicalLogitsWarper", (0.05, 0.2, 0.9, 0.99)),
     ],
 )
 def test_filter_equals_transformers(
@@ -68,7 +71,7 @@ def test_filter_equals_transformers(
 ) -> None:
     """Each row by a value of its own, all in one batch."""
     logits = logits_of(len(values), vocab_size)
-    got = kept(getattr(sampling, ours)(jnp.asarray(logits), jnp.asarray(values)))
+    got = kept(getattr(xla, ours)(jnp.asarray(logits), jnp.asarray(values)))
     for row, value, mine in zip(logits, values, got, strict=True):
         warped = getattr(transformers, warper)(value)(None, torch.from_numpy(row[None]))
         wanted = (warped[0] > -torch.inf).numpy()
@@ -76,18 +79,18 @@ def test_filter_equals_transformers(
         np.testing.assert_array_equal(mine, wanted, err_msg=f"{warper}({value})")
 
 
-@pytest.mark.parametrize("name", ["_top_k", "_top_p", "_min_p", "_typical_p"])
+@pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "typical_p"])
 def test_a_row_that_asks_for_nothing_keeps_all(name: str) -> None:
     """Also beside a row that does."""
-    off, on = {"_top_k": (0, 3), "_min_p": (0.0, 0.5)}.get(name, (1.0, 0.5))
+    off, on = {"top_k": (0, 3), "min_p": (0.0, 0.5)}.get(name, (1.0, 0.5))
     logits = jnp.asarray(logits_of(2, 320))
-    got = kept(getattr(sampling, name)(logits, jnp.asarray([off, on])))
+    got = kept(getattr(xla, name)(logits, jnp.asarray([off, on])))
     assert got[0].all()
     assert not got[1].all()
 
 
 def test_top_k_beyond_the_vocabulary_keeps_all() -> None:
-    assert kept(sampling._top_k(jnp.asarray(logits_of(1, 320)), jnp.asarray([1000]))).all()
+    assert kept(xla.top_k(jnp.asarray(logits_of(1, 320)), jnp.asarray([1000]))).all()
 
 
 def test_filters_in_a_row_equal_transformers() -> None:
@@ -208,13 +211,14 @@ def test_greedy_heeds_penalties() -> None:
 
 def test_logprobs_are_of_the_raw_distribution() -> None:
     logits = logits_of(2, 320)
-    rows = rows_of({"temperature": 0.3, "top_k": 5}, {"temperature": 0.0})
+    wishes = {"temperature": 0.3, "top_k": 5}, {"temperature": 0.0}
+    rows = rows_of(*[wish | {"num_alternatives": 20} for wish in wishes])
     nothing = jnp.zeros((2, 320), jnp.int32)
     drawn = sampling.sample(jnp.asarray(logits), rows, nothing > 0, nothing)
     raw = torch.log_softmax(torch.from_numpy(logits), -1).numpy()
     wanted = np.take_along_axis(raw, np.asarray(drawn.tokens)[:, None], 1)[:, 0]
     np.testing.assert_allclose(np.asarray(drawn.logprobs), wanted, atol=1e-5)
-    top, logprobs = (np.asarray(x) for x in sampling.alternatives(jnp.asarray(logits)))
+    top, logprobs = np.asarray(drawn.top_tokens), np.asarray(drawn.top_logprobs)
     np.testing.assert_array_equal(top, np.argsort(-logits, axis=-1)[:, :20])
     np.testing.assert_allclose(logprobs, np.take_along_axis(raw, top, 1), atol=1e-5)
 
@@ -223,17 +227,16 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
 def test_parts_of_a_batch_keep_their_places(num_rows: int) -> None:
     """Eight rows at most at a time; 11 have no divisor but one."""
     logits = jnp.asarray(logits_of(num_rows, 320) / 3)
-    rows = rows_of(*[{}] * num_rows, seeds=list(range(num_rows)))
+    rows = rows_of(*[{"num_alternatives": 5}] * num_rows, seeds=list(range(num_rows)))
     sizes = []
 
     def choose(part: tuple[jax.Array, SamplingRows]) -> StepOutput:
         sizes.append(part[0].shape[0])
         nothing = jnp.zeros(part[0].shape, jnp.int32)
-        drawn = sampling.sample(*part, nothing > 0, nothing)
-        return StepOutput(*drawn, *sampling.alternatives(part[0]))
+        return StepOutput(*sampling.sample(*part, nothing > 0, nothing))
 
     for got, wanted in zip(
-        _in_parts(choose, (logits, rows), num_rows), choose((logits, rows)), strict=True
+        _in_parts(choose, (logits, rows), num_rows), jax.jit(choose)((logits, rows)), strict=True
     ):
         np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), atol=1e-6)
     assert max(sizes[:-1]) <= 8
