@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from jlorax.adapters.disk_tier import DiskTier
 from jlorax.adapters.pack import PackCorrupt, PackedAdapter, from_bytes, pack, to_bytes
 from jlorax.adapters.registry import AdapterRecord
 from jlorax.adapters.sources import load_local, source_key
-from jlorax.layout import BankLayout
+from jlorax.layout import BankLayout, HostBuffer
 from jlorax.types import Tier
+
+
+def _as_it_is(buffer: np.ndarray) -> HostBuffer:
+    return buffer
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Used by one thread at a time: the disk tier's books have a single writer."""
+    """Used by one thread at a time: the disk tier's books have a single writer.
+
+    ``to_host``: moves a finished buffer to the memory that the device likes to read.
+    """
 
     layout: BankLayout
     disk: DiskTier | None
+    to_host: Callable[[np.ndarray], HostBuffer] = _as_it_is
 
     def load(self, record: AdapterRecord) -> tuple[PackedAdapter, Tier]:
         """The packed adapter and where it was found. Raises AdapterInvalid."""
+        packed, tier = self._load(record)
+        return replace(packed, buffer=self.to_host(np.asarray(packed.buffer))), tier
+
+    def _load(self, record: AdapterRecord) -> tuple[PackedAdapter, Tier]:
         key = source_key(record, self.layout)
         kept = self._from_disk(key)
         if kept is not None:

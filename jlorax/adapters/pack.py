@@ -5,6 +5,8 @@ y += scaling * (x @ A.T) @ B.T becomes, with pages of 8 rank columns,
     y   += sum over r of h[r] * page_b[r // 8, layer, r % 8]
     page_a: dtype[n, L, 8, d_in]   page_b: dtype[n, L, 8, d_out]
 The scaling stays float32 beside the pages: folded into a bfloat16 B it would be rounded.
+The buffer is what travels to the device: pool after pool, then padding to a size that has an
+executable; the file leaves the padding out.
 
     file: magic 8 | header length u32, crc32 u32 | JSON header, padded to 64 | scaling | pages
 The JSON holds one crc32 per MiB of what follows, so that a damaged file is noticed at a read.
@@ -25,11 +27,18 @@ import numpy as np
 
 from jlorax.adapters.peft import Adapter, LayerWeights, all_finite
 from jlorax.errors import AdapterInvalid
-from jlorax.layout import RANK_PAGE, BankLayout, PoolKey, rank_pages
+from jlorax.layout import (
+    ALIGN_BYTES,
+    RANK_PAGE,
+    BankLayout,
+    HostBuffer,
+    PoolKey,
+    aligned_zeros,
+    rank_pages,
+)
 
 MAGIC = b"JLORAX\x00\x01"  # the last byte is the format's version
 CHUNK_BYTES = 2**20
-ALIGN_BYTES = 64
 _PREFIX = struct.Struct("<8sII")
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -55,12 +64,11 @@ class Entry:
 class PackedAdapter:
     """An adapter in page layout.
 
-    buffer: u8[size_bytes], all pools one after the other   pages: views, dtype[n, L, 8, width]
+    buffer: dtype[units, unit], the pools' pages one after the other, then padding
     scaling: f32[num_projections, max_layers], 0 where there are no weights
     """
 
-    buffer: np.ndarray
-    pages: Mapping[PoolKey, np.ndarray]
+    buffer: HostBuffer
     entries: Mapping[str, Entry]
     scaling: np.ndarray
     ranks: Mapping[str, int]
@@ -78,18 +86,17 @@ def pack(adapter: Adapter, layout: BankLayout) -> PackedAdapter:
     ranks = adapter.ranks
     need = layout.pages_needed(ranks)
     entries = _entries(ranks, layout)
-    dtype = DTYPES[layout.dtype]
-    buffer = np.zeros(_buffer_bytes(need, layout), np.uint8)
-    pages = _views(buffer, need, dtype)
+    buffer = _empty_buffer(need, layout)
+    pages = page_views(buffer, need, layout)
     scaling = np.zeros((len(layout.projections), layout.max_layers), np.float32)
     with np.errstate(over="ignore"):  # a float32 beyond bfloat16 is found below
         for name, layers in adapter.weights.items():
             _fill(pages, entries[name], layout, name, layers)
             for layer, weights in layers.items():
                 scaling[layout.index[name], layer] = weights.scaling
-    packed = PackedAdapter(buffer, pages, entries, scaling, ranks)
-    _check_finite(adapter, packed, layout)
-    return packed
+    _check_finite(adapter, buffer, layout)
+    buffer.flags.writeable = False
+    return PackedAdapter(buffer, entries, scaling, ranks)
 
 
 def layout_fingerprint(layout: BankLayout) -> str:
@@ -100,7 +107,9 @@ def layout_fingerprint(layout: BankLayout) -> str:
 
 
 def to_bytes(packed: PackedAdapter, layout: BankLayout) -> bytes:
-    body = packed.scaling.tobytes() + packed.buffer.tobytes()
+    num_bytes = _page_bytes(packed.need(layout), layout)
+    pages = np.asarray(packed.buffer).reshape(-1).view(np.uint8)[:num_bytes]
+    body = packed.scaling.tobytes() + pages.tobytes()
     header = {
         "layout": layout_fingerprint(layout),
         "ranks": dict(packed.ranks),
@@ -114,7 +123,7 @@ def to_bytes(packed: PackedAdapter, layout: BankLayout) -> bytes:
 
 
 def from_bytes(data: bytes | memoryview, layout: BankLayout) -> PackedAdapter:
-    """Views into ``data``, every checksum verified. PackCorrupt when anything is off."""
+    """The adapter, every checksum verified. PackCorrupt when anything is off."""
     header, body = _open(memoryview(data))
     if header["layout"] != layout_fingerprint(layout):
         raise PackCorrupt("packed for another base model, dtype or rank limit")
@@ -122,12 +131,14 @@ def from_bytes(data: bytes | memoryview, layout: BankLayout) -> PackedAdapter:
     need = layout.pages_needed(ranks)
     shape = tuple(header["scaling"])
     scaling_bytes = 4 * shape[0] * shape[1]
-    if len(body) != scaling_bytes + _buffer_bytes(need, layout):
+    if len(body) != scaling_bytes + _page_bytes(need, layout):
         raise PackCorrupt("its size does not follow from its ranks")
     scaling = np.frombuffer(body[:scaling_bytes], np.float32).reshape(shape)
-    buffer = np.frombuffer(body[scaling_bytes:], np.uint8)
-    pages = _views(buffer, need, DTYPES[layout.dtype])
-    return PackedAdapter(buffer, pages, _entries(ranks, layout), scaling, ranks)
+    pages = np.frombuffer(body[scaling_bytes:], np.uint8)
+    buffer = _empty_buffer(need, layout)
+    buffer.reshape(-1).view(np.uint8)[: len(pages)] = pages
+    buffer.flags.writeable = False
+    return PackedAdapter(buffer, _entries(ranks, layout), scaling, ranks)
 
 
 def is_intact(data: bytes | memoryview) -> bool:
@@ -155,20 +166,27 @@ def _entries(ranks: Mapping[str, int], layout: BankLayout) -> dict[str, Entry]:
     return entries
 
 
-def _buffer_bytes(need: Mapping[PoolKey, int], layout: BankLayout) -> int:
-    return sum(num_pages * layout.page_bytes(pool) for pool, num_pages in need.items())
-
-
-def _views(
-    buffer: np.ndarray, need: Mapping[PoolKey, int], dtype: np.dtype[Any]
+def page_views(
+    buffer: HostBuffer, need: Mapping[PoolKey, int], layout: BankLayout
 ) -> dict[PoolKey, np.ndarray]:
+    """Each pool's pages in the buffer, dtype[n, L, 8, width]."""
+    units = np.asarray(buffer)
     views, start = {}, 0
     for pool in sorted(need):
-        shape = (need[pool], pool.num_layers, RANK_PAGE, pool.width)
-        end = start + int(np.prod(shape)) * dtype.itemsize
-        views[pool] = buffer[start:end].view(dtype).reshape(shape)
+        end = start + need[pool] * layout.page_units(pool)
+        views[pool] = units[start:end].reshape(need[pool], pool.num_layers, RANK_PAGE, pool.width)
         start = end
     return views
+
+
+def _empty_buffer(need: Mapping[PoolKey, int], layout: BankLayout) -> np.ndarray:
+    dtype, num_units = DTYPES[layout.dtype], layout.buffer_size(need)
+    zeros = aligned_zeros(num_units * layout.unit * dtype.itemsize)
+    return zeros.view(dtype).reshape(num_units, layout.unit)
+
+
+def _page_bytes(need: Mapping[PoolKey, int], layout: BankLayout) -> int:
+    return sum(num_pages * layout.page_bytes(pool) for pool, num_pages in need.items())
 
 
 def _fill(
@@ -196,8 +214,8 @@ def _fill_layer(pages: np.ndarray, columns: np.ndarray) -> None:
         pages[whole, : rank % RANK_PAGE] = columns[whole * RANK_PAGE :]
 
 
-def _check_finite(adapter: Adapter, packed: PackedAdapter, layout: BankLayout) -> None:
-    if layout.dtype == "bfloat16" and not all(all_finite(p) for p in packed.pages.values()):
+def _check_finite(adapter: Adapter, buffer: np.ndarray, layout: BankLayout) -> None:
+    if layout.dtype == "bfloat16" and not all_finite(buffer):
         raise AdapterInvalid(
             adapter.adapter_id, "weights", "some values are too large for bfloat16"
         )

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from jlorax.adapters.pack import PackedAdapter
 from jlorax.adapters.slots import Assignment
-from jlorax.layout import BankLayout, PoolKey, SlotWrite, rank_pages
+from jlorax.layout import (
+    BankLayout,
+    PoolKey,
+    SlotWrite,
+    WriteLayout,
+    pages_field,
+    rank_pages,
+)
 
 
 def slot_write(packed: PackedAdapter, assignment: Assignment, layout: BankLayout) -> SlotWrite:
     """Names each projection's pages in the tables; entries past its rank name the zero page."""
-    num_projections = len(layout.projections)
-    table = np.zeros((num_projections, 2, layout.table_width), np.int32)
-    num_pages = np.zeros(num_projections, np.int32)
+    vector, views = WriteLayout(layout, len(packed.buffer)).blank(assignment.slot)
+    views["scaling"][:] = packed.scaling
     for name, entry in packed.entries.items():
         i, projection = layout.index[name], layout.projections[layout.index[name]]
         starts = (entry.a_start, entry.b_start)
         for side, pool in enumerate((layout.pool_a(projection), layout.pool_b(projection))):
             own = assignment.pages[pool][starts[side] : starts[side] + entry.num_pages]
-            table[i, side, : entry.num_pages] = own
-        num_pages[i] = entry.num_pages
-    pages = {pool: (assignment.pages[pool], data) for pool, data in packed.pages.items()}
-    return SlotWrite(assignment.slot, pages, table, num_pages, packed.scaling)
+            views["table"][i, side, : entry.num_pages] = own
+        views["num_pages"][i] = entry.num_pages
+    first = 0
+    for i, pool in enumerate(layout.pools):
+        pages = assignment.pages.get(pool, ())
+        views["first"][i], views["count"][i] = first, len(pages)
+        views[pages_field(pool)][: len(pages)] = pages
+        first += len(pages) * layout.page_units(pool)
+    return SlotWrite(assignment.slot, packed.buffer, vector)
 
 
 def share_bank(

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jlorax.adapters.peft import Adapter, read_adapter
 from jlorax.layout import BankLayout
 from jlorax.types import Projection
 
@@ -124,3 +125,17 @@ def write_good(
 
 def layout(dtype: str = "float32", max_rank: int = 256, **sizes: int) -> BankLayout:
     return BankLayout(llama_projections(**sizes), dtype, max_rank)
+
+
+def adapter(
+    folder: Path,
+    layout: BankLayout,
+    ranks: Mapping[str, int],
+    dtype: Any = np.float32,
+    seed: int = 0,
+) -> Adapter:
+    """Written and read again; ``ranks``: module's full name -> rank."""
+    tensors = tensors_for(ranks, layout.projections, dtype, seed)
+    values = config(r=1, target_modules=list(ranks), rank_pattern=dict(ranks))
+    write(folder, values, safetensors_bytes(tensors))
+    return read_adapter(folder, "a", layout.projections, layout.max_rank)

@@ -15,27 +15,22 @@ from jlorax.adapters.pack import (
     is_intact,
     layout_fingerprint,
     pack,
+    page_views,
     to_bytes,
 )
 from jlorax.adapters.peft import Adapter, read_adapter
 from jlorax.errors import AdapterInvalid
-from jlorax.layout import RANK_PAGE, BankLayout
+from jlorax.layout import ALIGN_BYTES, RANK_PAGE, BankLayout
 from tests.adapters import helpers
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def load(folder: Path, layout: BankLayout, ranks: dict[str, int], dtype: object) -> Adapter:
-    tensors = helpers.tensors_for(ranks, layout.projections, dtype)
-    values = helpers.config(r=1, target_modules=list(ranks), rank_pattern=ranks)
-    helpers.write(folder, values, helpers.safetensors_bytes(tensors))
-    return read_adapter(folder, "a", layout.projections, layout.max_rank)
-
-
 def check_unpacks(adapter: Adapter, packed: PackedAdapter, layout: BankLayout) -> None:
     """Reads every page the slow way and accounts for every value, zeros too."""
     dtype = DTYPES[layout.dtype]
-    rest = {pool: pages.copy() for pool, pages in packed.pages.items()}
+    need = packed.need(layout)
+    rest = {p: v.copy() for p, v in page_views(packed.buffer, need, layout).items()}
     for p in layout.projections:
         for layer in range(layout.max_layers):
             weights = adapter.weights.get(p.name, {}).get(layer)
@@ -52,7 +47,8 @@ def check_unpacks(adapter: Adapter, packed: PackedAdapter, layout: BankLayout) -
                 np.testing.assert_array_equal(b, weights.b[:, r].astype(dtype))
                 b[:] = 0
     assert not any(pages.any() for pages in rest.values())
-    assert {pool: len(pages) for pool, pages in packed.pages.items()} == packed.need(layout)
+    assert not np.asarray(packed.buffer)[layout.units(need) :].any()  # the padding
+    assert len(packed.buffer) in layout.buffer_sizes
 
 
 @pytest.mark.parametrize("rank", [1, 7, 8, 9, 24, 256])
@@ -61,7 +57,7 @@ def test_every_matrix_comes_back(tmp_path: Path, rank: int, dtype: str) -> None:
     layout = helpers.layout(dtype)
     names = tuple(p.name for p in layout.projections)
     ranks = helpers.modules_of(layout.projections, names, rank)
-    adapter = load(tmp_path, layout, ranks, np.float32)
+    adapter = helpers.adapter(tmp_path, layout, ranks, np.float32)
     check_unpacks(adapter, pack(adapter, layout), layout)
 
 
@@ -76,7 +72,7 @@ def test_ranks_and_layers_differ(tmp_path: Path, source: object, dtype: str) -> 
         "model.layers.1.mlp.down_proj": 9,
         "lm_head": 5,
     }
-    adapter = load(tmp_path, layout, ranks, source)
+    adapter = helpers.adapter(tmp_path, layout, ranks, source)
     packed = pack(adapter, layout)
     assert packed.ranks == {"q_proj": 17, "o_proj": 8, "down_proj": 9, "lm_head": 5}
     assert packed.size_bytes == packed.buffer.nbytes + packed.scaling.nbytes
@@ -86,19 +82,68 @@ def test_ranks_and_layers_differ(tmp_path: Path, source: object, dtype: str) -> 
 def test_bytes_round_trip(tmp_path: Path) -> None:
     layout = helpers.layout("bfloat16", d=256, ffn=512)
     ranks = helpers.modules_of(layout.projections, ("q_proj", "up_proj", "lm_head"), 256)
-    adapter = load(tmp_path, layout, ranks, np.float32)
+    adapter = helpers.adapter(tmp_path, layout, ranks, np.float32)
     data = to_bytes(pack(adapter, layout), layout)
     assert len(data) > 2**20 and is_intact(data)  # more than one chunk
-    again = from_bytes(data, layout)
-    check_unpacks(adapter, again, layout)
-    assert not again.buffer.flags.writeable  # a view: nothing was copied
+    check_unpacks(adapter, from_bytes(data, layout), layout)
+
+
+def test_padding_stays_out_of_the_file(tmp_path: Path) -> None:
+    layout = helpers.layout("bfloat16", d=256, ffn=512)
+    ranks = helpers.modules_of(layout.projections, ("q_proj",), 40)
+    packed = pack(helpers.adapter(tmp_path, layout, ranks), layout)
+    page_bytes = layout.units(packed.need(layout)) * layout.unit * 2
+    assert packed.buffer.nbytes > 1.2 * page_bytes
+    assert page_bytes < len(to_bytes(packed, layout)) < 1.1 * page_bytes
+
+
+def test_what_waits_in_ram_is_used_in_place_and_never_changes(tmp_path: Path) -> None:
+    """A CPU device reads the very bytes: they must lie as it likes them, and stay."""
+    layout = helpers.layout()
+    adapter = helpers.adapter(tmp_path, layout, {"lm_head": 8})
+    packed = pack(adapter, layout)
+    for buffer in (packed.buffer, from_bytes(to_bytes(packed, layout), layout).buffer):
+        assert isinstance(buffer, np.ndarray) and buffer.flags.c_contiguous
+        assert buffer.ctypes.data % ALIGN_BYTES == 0 and not buffer.flags.writeable
+
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+LLAMA_2_7B = BankLayout(
+    helpers.llama_projections(4096, 4096, 11008, 32000, num_layers=32), "bfloat16", 64
+)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32, 64])
+@pytest.mark.parametrize("names", [("q_proj", "v_proj"), ATTENTION, (*ATTENTION, *MLP)])
+def test_usual_adapters_travel_without_padding(names: tuple[str, ...], rank: int) -> None:
+    need = LLAMA_2_7B.pages_needed(dict.fromkeys(names, rank))
+    assert LLAMA_2_7B.buffer_size(need) < 1.02 * LLAMA_2_7B.units(need)
+
+
+@pytest.mark.parametrize("names", [ATTENTION[:1], ATTENTION[:2], ATTENTION, MLP, ATTENTION + MLP])
+def test_no_adapter_of_rank_8_or_more_is_padded_beyond_twice_its_size(
+    names: tuple[str, ...],
+) -> None:
+    for rank in range(8, 65):
+        need = LLAMA_2_7B.pages_needed(dict.fromkeys(names, rank))
+        assert LLAMA_2_7B.buffer_size(need) <= 2 * LLAMA_2_7B.units(need)
+
+
+def test_buffers_come_in_few_sizes() -> None:
+    for max_rank in (1, 16, 64, 256):
+        layout = BankLayout(LLAMA_2_7B.projections, "bfloat16", max_rank)
+        assert len(layout.buffer_sizes) <= 13
+        assert layout.buffer_sizes[-1] == layout.units(layout.most_pages)
 
 
 @pytest.mark.parametrize("where", [0, 9, 13, 40, 700, -1, -(2**20)])
 def test_a_flipped_byte_is_noticed(tmp_path: Path, where: int) -> None:
     layout = helpers.layout(d=256, ffn=512)
     ranks = helpers.modules_of(layout.projections, ("q_proj", "up_proj"), 256)
-    data = bytearray(to_bytes(pack(load(tmp_path, layout, ranks, np.float32), layout), layout))
+    data = bytearray(
+        to_bytes(pack(helpers.adapter(tmp_path, layout, ranks, np.float32), layout), layout)
+    )
     data[where] ^= 1
     assert not is_intact(bytes(data))
     with pytest.raises(PackCorrupt):
@@ -107,7 +152,7 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path, where: int) -> None:
 
 def test_other_length_or_layout_is_refused(tmp_path: Path) -> None:
     layout = helpers.layout()
-    adapter = load(tmp_path, layout, {"lm_head": 8}, np.float32)
+    adapter = helpers.adapter(tmp_path, layout, {"lm_head": 8})
     data = to_bytes(pack(adapter, layout), layout)
     others = [helpers.layout("bfloat16"), helpers.layout(max_rank=8), helpers.layout(d=32)]
     assert len({layout_fingerprint(x) for x in [layout, *others]}) == 4

@@ -7,14 +7,17 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jlorax.adapters.disk_tier import DiskTier
 from jlorax.adapters.host_tier import HostTier
+from jlorax.adapters.loader import Loader
 from jlorax.adapters.pack import from_bytes, pack, to_bytes
 from jlorax.adapters.peft import read_adapter
+from jlorax.adapters.registry import Registry
 from jlorax.errors import ConfigError
-from jlorax.types import AdapterVersion
+from jlorax.types import AdapterVersion, Tier
 from tests.adapters import helpers
 
 
@@ -188,7 +191,26 @@ def test_a_packed_adapter_through_the_disk(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path / "cache", 10**6)
     data = tier.get(digest)
     assert data is not None
-    assert from_bytes(data, layout).buffer.tobytes() == packed.buffer.tobytes()
+    again = np.asarray(from_bytes(data, layout).buffer)
+    assert again.tobytes() == np.asarray(packed.buffer).tobytes()
     path = tmp_path / "cache" / f"{digest}.lora"
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert tier.get(digest) is None and tier.corrupt == 1
+
+
+def test_what_is_loaded_waits_where_the_device_reads_it(tmp_path: Path) -> None:
+    """Whether it comes from its folder or from the disk tier."""
+    layout = helpers.layout()
+    registry = Registry(None, "base", layout.max_rank)
+    version = registry.register("a", helpers.write_good(tmp_path / "a"))
+    moved: list[np.ndarray] = []
+
+    def to_host(buffer: np.ndarray) -> np.ndarray:
+        moved.append(buffer.copy())
+        return moved[-1]
+
+    loader = Loader(layout, DiskTier(tmp_path / "cache", 10**6), to_host)
+    for tier in (Tier.SOURCE, Tier.DISK):
+        packed, found = loader.load(registry.record(version))
+        assert found is tier and packed.buffer is moved[-1] and moved[-1].any()
+    assert len(moved) == 2
