@@ -7,9 +7,15 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks import cpu, decode, kernels, make_adapters
+from benchmarks import cpu, decode, http_streaming, kernels, make_adapters
 
-COMMANDS = {"cpu": cpu, "kernels": kernels, "decode": decode, "make-adapters": make_adapters}
+COMMANDS = {
+    "cpu": cpu,
+    "kernels": kernels,
+    "decode": decode,
+    "http": http_streaming,
+    "make-adapters": make_adapters,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -58,6 +58,7 @@ class Tokenizer:
         self.chat_template: str | None = hf_tokenizer.chat_template
         self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor_text = self.decode(self._anchor)
+        self._alone: dict[int, str] = {}  # what decode([id]) gave
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -123,6 +124,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def decode_alone(self, token_id: int) -> str:
+        """``decode([token_id])``, remembered: every generated token asks for the one before it."""
+        text = self._alone.get(token_id)
+        if text is None:
+            text = self._alone[token_id] = self.decode((token_id,))
+        return text
 
     def token_text(self, token_id: int) -> str:
         """As it reads in the middle of a text: with its space, where a decoder strips the first."""
@@ -208,8 +216,10 @@ class IncrementalDetokenizer:
         return text
 
     def _unread(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._read])
-        return self._tokenizer.decode(self._ids)[len(before) :]
+        decode, ids = self._tokenizer.decode, self._ids
+        is_one = self._read == 1
+        before = self._tokenizer.decode_alone(ids[0]) if is_one else decode(ids[: self._read])
+        return decode(ids)[len(before) :]
 
     def _context(self, tail: list[int]) -> tuple[list[int], int]:
         """The prompt's last ids, from one border between characters to another, and what follows.
@@ -238,12 +248,15 @@ class StopMatcher:
         if "" in stops:
             raise ValueError("a stop string is empty")
         self._stops = stops
+        self._longest = max(map(len, stops), default=0)
         self._include = include
         self._held = ""
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
         """The text to emit now; after a match always ""."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         text = self._held + text
@@ -262,8 +275,7 @@ class StopMatcher:
         return text
 
     def _num_to_hold(self, text: str) -> int:
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for num in range(min(longest, len(text)), 0, -1):
+        for num in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-num:]) for stop in self._stops):
                 return num
         return 0

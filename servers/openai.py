@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from aiohttp import web
@@ -16,6 +16,7 @@ from jlorax.wire import openai as wire
 from jlorax.wire.adapters import ModelCard, parse_load_adapter, render_adapter, render_model
 from jlorax.wire.call import Call
 from jlorax.wire.fields import checked_adapter_id
+from jlorax.wire.strict_json import dumps
 from servers.failures import error_body, unexpected
 from servers.native import server_version
 from servers.serving import (
@@ -130,7 +131,7 @@ async def _send_chunks(request: web.Request, show: _Show, stream: SseStream) -> 
             if event.result is not None:
                 notes.count(event.result)
             for chunk in show.chunks(choice, event):
-                await stream.send(chunk)
+                await stream.send_text(chunk)
     if show.call.show.include_usage:
         await stream.send(show.usage_chunk())
 
@@ -143,9 +144,11 @@ class _Show:
     call: Call
     chat: bool
     envelope: wire.Envelope = field(init=False)
+    is_detailed: bool = field(init=False)  # whether a chunk says more of its token than the text
     results: dict[int, GenerateResult] = field(default_factory=dict)
     num_tokens: dict[int, int] = field(default_factory=dict)
     num_chars: dict[int, int] = field(default_factory=dict)
+    frames: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.envelope = wire.Envelope(
@@ -154,6 +157,8 @@ class _Show:
             model=self.call.model,
             fingerprint=f"jlorax-{server_version()}",
         )
+        show = self.call.show
+        self.is_detailed = show.logprobs or show.return_token_ids or show.continuous_usage
 
     def whole(self, results: list[GenerateResult]) -> dict[str, Any]:
         usage = wire.usage(
@@ -164,12 +169,31 @@ class _Show:
         kind = "chat.completion" if self.chat else "text_completion"
         return self.envelope.around(kind, choices, usage=usage)
 
-    def chunks(self, choice: int, event: TokenEvent) -> list[dict[str, Any]]:
-        """One chunk a token; chat ends with an empty delta of its own, as OpenAI's does."""
+    def chunks(self, choice: int, event: TokenEvent) -> list[str]:
+        """JSON, one chunk a token; chat ends with an empty delta of its own, as OpenAI's does.
+
+        Chunks in the middle of an answer differ in their text alone, so they are built once.
+        """
         first = choice not in self.num_tokens
+        self.num_tokens[choice] = self.num_tokens.get(choice, 0) + 1
+        if first or event.result is not None or self.is_detailed:
+            return [dumps(chunk) for chunk in self._whole_chunks(choice, event, first)]
+        if choice not in self.frames:
+            self.frames[choice] = self._frame(choice, event)
+        head, tail = self.frames[choice]
+        return [head + dumps(event.token.text) + tail]
+
+    def _frame(self, choice: int, event: TokenEvent) -> tuple[str, str]:
+        """What stands before and after the text."""
+        mark = uuid.uuid4().hex  # no name of a model can be it
+        marked = replace(event, token=replace(event.token, text=mark))
+        (chunk,) = self._whole_chunks(choice, marked, first=False)
+        head, tail = dumps(chunk).split(dumps(mark))
+        return head, tail
+
+    def _whole_chunks(self, choice: int, event: TokenEvent, first: bool) -> list[dict[str, Any]]:
         if event.result is not None:
             self.results[choice] = event.result
-        self.num_tokens[choice] = self.num_tokens.get(choice, 0) + 1
         choices = (
             self._chat_deltas(choice, event, first)
             if self.chat

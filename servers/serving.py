@@ -193,30 +193,22 @@ async def answers(engine: ServedEngine, call: Call, notes: RequestNotes) -> list
     return [results[choice] for choice in range(len(call.requests))]
 
 
-async def events_of(
-    engine: ServedEngine, call: Call
-) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+def events_of(engine: ServedEngine, call: Call) -> AsyncGenerator[tuple[int, TokenEvent], None]:
     """(choice, event) as they come, over all choices. Closing it cancels what still runs."""
     streams = [engine.generate(request) for request in call.requests]
-    if len(streams) == 1:
-        source: AsyncIterator[tuple[int, TokenEvent]] = _numbered(0, streams[0])
-    else:
-        source = _merged(streams)
-    ended = 0
-    async with aclosing(source) as numbered:  # type: ignore[type-var]
-        async for choice, event in numbered:
-            ended += event.result is not None
-            yield choice, event
-    if ended < len(streams):  # a stream may end only with its result
-        raise RequestCancelled(f"{len(streams) - ended} of {len(streams)} answers were cut off")
+    return _numbered(0, streams[0]) if len(streams) == 1 else _merged(streams)
 
 
 async def _numbered(
     choice: int, stream: AsyncIterator[TokenEvent]
 ) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+    is_whole = False
     async with aclosing(stream) as events:  # type: ignore[type-var]
         async for event in events:
+            is_whole = event.result is not None
             yield choice, event
+    if not is_whole:  # a stream may end only with its result
+        raise RequestCancelled(f"answer {choice} was cut off")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from aiohttp import web
 from jlorax.wire.strict_json import dumps
 
 WRITE_DEADLINE_S = 30.0
+_SMALL_BYTES = 16384  # a quarter of what a transport holds before it makes writers wait
 _HEADERS = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache",
@@ -37,11 +38,15 @@ class SseStream:
         return self._response.prepared
 
     async def send(self, body: object) -> None:
-        await self._write(f"data: {dumps(body)}\n\n")
+        await self.send_text(dumps(body))
+
+    async def send_text(self, text: str) -> None:
+        """An event whose JSON is made already."""
+        await self._write(f"data: {text}\n\n".encode())
 
     async def send_done(self) -> None:
         """OpenAI's last line; LoRAX has none."""
-        await self._write("data: [DONE]\n\n")
+        await self._write(b"data: [DONE]\n\n")
 
     async def finish(self) -> web.StreamResponse:
         await self._open()
@@ -53,7 +58,7 @@ class SseStream:
         while True:
             quiet_s = time.monotonic() - self._last_write_s
             if quiet_s >= every_s:
-                await self._write(":\n\n")
+                await self._write(b":\n\n")
                 quiet_s = 0.0
             await asyncio.sleep(every_s - quiet_s)
 
@@ -62,14 +67,25 @@ class SseStream:
             if not self._response.prepared:
                 await self._response.prepare(self._request)
 
-    async def _write(self, text: str) -> None:
+    async def _write(self, data: bytes) -> None:
         """Waits while the reader's buffers are full; one that stands still loses the stream."""
         if not self._response.prepared:
             await self._open()
         self._last_write_s = time.monotonic()
+        if len(data) <= _SMALL_BYTES and self._is_flowing():  # cannot wait: a clock costs more
+            await self._response.write(data)
+        else:
+            await self._write_in_time(data)
+
+    def _is_flowing(self) -> bool:
+        """Whether all that was written before has left for the system's own buffers."""
+        transport = self._request.transport
+        return transport is not None and transport.get_write_buffer_size() == 0
+
+    async def _write_in_time(self, data: bytes) -> None:
         try:
             async with asyncio.timeout(WRITE_DEADLINE_S):
-                await self._response.write(text.encode("utf-8"))
+                await self._response.write(data)
         except TimeoutError:
             if self._request.transport is not None:
                 self._request.transport.abort()

@@ -41,9 +41,12 @@ def parse_object(body: bytes | bytearray) -> dict[str, Any]:
     return value
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def dumps(value: object) -> str:
     """Compact JSON; ``finite`` has taken care of NaN and infinity before."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def finite(value: float | None) -> float | None:

@@ -40,6 +40,20 @@ def test_an_error_comes_after_what_was_there() -> None:
     asyncio.run(test())
 
 
+def test_a_reader_that_gives_up_loses_nothing() -> None:
+    async def test() -> None:
+        stream = TokenStream()
+        reader = asyncio.create_task(stream.get())
+        await asyncio.sleep(0)
+        reader.cancel()
+        stream.put(LAST)
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        assert await stream.get() == LAST
+
+    asyncio.run(test())
+
+
 def test_the_first_end_counts() -> None:
     async def test() -> None:
         stream = TokenStream()

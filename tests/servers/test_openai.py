@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from jlorax.errors import AdapterInvalid, JLoraxError, Overloaded, PromptTooLong, Unavailable
-from jlorax.types import FinishReason
+from jlorax.types import FinishReason, GenerateRequest, TokenEvent
 from tests.fakes import FakeEngine, adapter_info
 from tests.servers.serving import in_loop, serving
 
@@ -116,6 +119,66 @@ async def test_completion_stream() -> None:
         assert usage["usage"]["total_tokens"] == 7
         assert done == "[DONE]"
         assert len({chunk["id"] for chunk in [*chunks, usage]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("completions", COMPLETION), ("chat/completions", CHAT)]
+)
+@in_loop
+async def test_chunks_in_the_middle_differ_in_their_text_alone(
+    path: str, body: dict[str, Any]
+) -> None:
+    texts = ("a", '"', "\\", "\n\ndata: x", "\u2028\U0001f600", "", "b")
+    async with serving(FakeEngine(script=texts)) as server:
+        asked = {"stream": True, "stream_options": {"include_usage": True}, "n": 2}
+        *chunks, usage, _ = (await server.post(f"/v1/{path}", body | asked)).events
+    assert usage["usage"]["completion_tokens"] == 2 * len(texts)
+    for index in (0, 1):
+        own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        deltas = [choice.get("delta", choice) for choice in own]
+        key = "content" if "delta" in own[0] else "text"
+        assert [delta.pop(key) for delta in deltas if key in delta] == list(texts)
+        assert all(choice == own[1] for choice in own[1 : len(texts) - 1])
+    assert all(c.keys() == chunks[0].keys() and c["id"] == chunks[0]["id"] for c in chunks)
+
+
+@pytest.mark.parametrize(
+    ("asked", "key", "expected"),
+    [
+        ({"return_token_ids": True}, "token_ids", [[100], [101], [102], [103]]),
+        ({"logprobs": 0}, "logprobs", [(["d"], [0]), (["e"], [5]), (["f"], [6]), (["g"], [7])]),
+    ],
+)
+@in_loop
+async def test_every_chunk_has_its_own_details(
+    asked: dict[str, Any], key: str, expected: list[Any]
+) -> None:
+    async with serving() as server:
+        body = COMPLETION | {"stream": True} | asked
+        *chunks, _ = (await server.post("/v1/completions", body)).events
+    shown = [chunk["choices"][0][key] for chunk in chunks]
+    if key == "logprobs":
+        shown = [(own["tokens"], own["text_offset"]) for own in shown]
+    assert shown == expected
+
+
+class _CutOff(FakeEngine):
+    """Its answers end without a result."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
+        async with aclosing(super().generate(request)) as events:
+            async for event in events:
+                yield replace(event, result=None)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@in_loop
+async def test_an_answer_that_is_cut_off_is_an_error(n: int) -> None:
+    async with serving(_CutOff()) as server:
+        answer = await server.post("/v1/completions", COMPLETION | {"n": n})
+        assert (answer.status, answer.json["error"]["code"]) == (500, "cancelled")
+        events = (await server.post("/v1/completions", COMPLETION | {"stream": True})).events
+        assert events[-1]["error"]["code"] == "cancelled"
 
 
 @in_loop
