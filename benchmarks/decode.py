@@ -13,10 +13,11 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import decode_cases, decode_table, environment, h100_peers
+from benchmarks import decode_cases, decode_table, environment, h100_peers, upload
 from benchmarks.clock import Clock
 from benchmarks.decode_cases import BATCHES, GROUPS, KINDS, QUICK, Case, Sample, Sizes
 from benchmarks.make_adapters import DTYPES, default_cache_dir, make_adapters
@@ -62,9 +63,17 @@ class Plan:
     seed: int
 
     @property
-    def num_adapters(self) -> int:
+    def num_slots(self) -> int:
         named = [i for case in self.cases for i in case.adapters if i is not None]
-        return max(named, default=-1) + 1
+        return max(max(named, default=-1) + 1, upload.NUM_SLOTS if self.has_uploads else 0)
+
+    @property
+    def num_adapters(self) -> int:
+        return self.num_slots + (upload.NUM_SLOTS if self.has_uploads else 0)
+
+    @property
+    def has_uploads(self) -> bool:
+        return any(case.group == "upload" for case in self.cases)
 
     @property
     def is_peers(self) -> bool:
@@ -132,7 +141,10 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
     )
     if not cases:
         raise SystemExit("no case is left: --cases, --kinds and --batch exclude each other")
-    max_batch = min(arguments.max_batch, max(case.num_requests for case in cases))
+    at_once = max(
+        case.num_requests + (upload.ROOM if case.group == "upload" else 0) for case in cases
+    )
+    max_batch = min(arguments.max_batch, at_once)
     raw = SHAPES[arguments.shape]
     return Plan(
         shape=arguments.shape,
@@ -167,13 +179,11 @@ def engine_config(plan: Plan, model: Path, adapters: Sequence[Path]) -> EngineCo
     layout = BankLayout(config.projections(), plan.dtype, rank)
     need = layout.pages_needed(dict.fromkeys(plan.targets, plan.rank))
     adapter_bytes = sum(layout.page_bytes(pool) * count for pool, count in need.items())
-    sampled = {case.num_requests for case in plan.cases if case.group == "sampling"}
     return EngineConfig(
         cache_dir=plan.cache_dir,
         model=ModelSource(str(model), plan.dtype, load_format="dummy"),
         steps=StepConfig(
-            greedy_buckets=plan.buckets,
-            sampling_buckets=tuple(sorted({*sampled, plan.max_batch})),
+            decode_buckets=plan.buckets,
             extend_buckets=plan.extend_buckets,
         ),
         scheduler=SchedulerConfig(
@@ -187,8 +197,8 @@ def engine_config(plan: Plan, model: Path, adapters: Sequence[Path]) -> EngineCo
         ),
         adapters=AdapterConfig(
             named=tuple((folder.name, folder) for folder in adapters),
-            bank_bytes=adapter_bytes * len(adapters),
-            max_slots=max(1, len(adapters)),
+            bank_bytes=adapter_bytes * plan.num_slots,
+            max_slots=max(1, plan.num_slots),
             max_rank=rank,
             host_cache_bytes=2 * adapter_bytes * len(adapters),
         ),
@@ -214,6 +224,7 @@ class DecodeBench:
         self._clock = clock
         self._lines = lines
         self._trace = trace
+        self._turns = {kind: upload.turns(kind, plan.num_adapters) for kind in KINDS}
         self._samples: list[Sample] = []
         self._notes: list[str] = []
 
@@ -246,7 +257,13 @@ class DecodeBench:
                 seed=plan.seed,
                 dtype=plan.dtype,
             )
-            asyncio.run(self._measure_all(engine_config(plan, model, adapters)))
+            config = engine_config(plan, model, adapters)
+            if plan.has_uploads:
+                alone = upload.measure_alone(config, adapters[0])
+                self._notes.append(alone.describe())
+                clock.say(alone.describe())
+                self._lines.write("upload", **alone.fields())
+            asyncio.run(self._measure_all(config))
 
     async def _measure_all(self, config: EngineConfig) -> None:
         start_s = time.perf_counter()
@@ -297,11 +314,28 @@ class DecodeBench:
             first_s = await self._seconds(engine, case, 1, f"first {number}")
         if case.num_out == 1:
             return Sample(case.name, number, first_s, first_s)
-        whole_s = await self._seconds(engine, case, case.num_out, f"whole {number}")
+        uploads = upload.num_uploads(engine)
+        whole_s, times_s = await self._answer(engine, case, case.num_out, f"whole {number}")
+        if case.group == "upload":
+            self._note_visitors(case, number, upload.num_uploads(engine) - uploads, times_s)
         return Sample(case.name, number, first_s, whole_s)
 
+    def _note_visitors(
+        self, case: Case, number: int, uploads: int, times_s: Sequence[Sequence[float]]
+    ) -> None:
+        gaps = upload.gaps_ms(times_s)
+        between = ", ".join(f"{name} {value:.2f}" for name, value in gaps.items())
+        self._notes.append(f"round {number}, {case.name}: {uploads} uploads, {between}")
+        self._lines.write("visitors", case=case.name, round=number, uploads=uploads, **gaps)
+
     async def _seconds(self, engine: Engine, case: Case, num_out: int, seed: str) -> float:
-        """All requests at once, each in a task of its own, as a server's handlers would."""
+        return (await self._answer(engine, case, num_out, seed))[0]
+
+    async def _answer(
+        self, engine: Engine, case: Case, num_out: int, seed: str
+    ) -> tuple[float, list[list[float]]]:
+        """All requests at once, each in a task of its own, as a server's handlers would: seconds in
+        all, and when each answer's tokens came."""
         prompts = decode_cases.prompts(
             case, engine.model_info.vocab_size, f"{self._plan.seed} {seed}"
         )
@@ -309,13 +343,20 @@ class DecodeBench:
             _request(case, prompt, adapter, num_out)
             for prompt, adapter in zip(prompts, case.adapters, strict=True)
         ]
-        start_s = time.perf_counter()
-        async with asyncio.TaskGroup() as tasks:
-            answers = [tasks.create_task(_num_tokens(engine, request)) for request in requests]
-        seconds = time.perf_counter() - start_s
-        if wrong := [n for n in (answer.result() for answer in answers) if n != num_out]:
+        async with self._visitors(engine, case):
+            start_s = time.perf_counter()
+            async with asyncio.TaskGroup() as tasks:
+                answers = [tasks.create_task(_token_times(engine, request)) for request in requests]
+            seconds = time.perf_counter() - start_s
+        times_s = [answer.result() for answer in answers]
+        if wrong := [times for times in times_s if len(times) != num_out]:
             raise RuntimeError(f"{case.name}: {len(wrong)} answers have not {num_out} tokens")
-        return seconds
+        return seconds, times_s
+
+    def _visitors(self, engine: Engine, case: Case) -> AbstractAsyncContextManager[None]:
+        if case.group != "upload":
+            return nullcontext()
+        return upload.visitors(engine, self._turns[case.kind])
 
     async def _trace_all(self, engine: Engine) -> None:
         """A profile a case, of a few steps: a profiled step is slower, so it is not timed."""
@@ -342,7 +383,7 @@ def _request(
 ) -> GenerateRequest:
     return GenerateRequest(
         prompt=prompt,
-        adapter_id=None if adapter is None else f"adapter-{adapter:04d}",
+        adapter_id=None if adapter is None else upload.adapter_name(adapter),
         sampling=_SAMPLED if case.group == "sampling" else SamplingParams(),
         max_new_tokens=num_out,
         ignore_eos=True,
@@ -350,8 +391,5 @@ def _request(
     )
 
 
-async def _num_tokens(engine: Engine, request: GenerateRequest) -> int:
-    num_tokens = 0
-    async for _ in engine.generate(request):
-        num_tokens += 1
-    return num_tokens
+async def _token_times(engine: Engine, request: GenerateRequest) -> list[float]:
+    return [time.perf_counter() async for _ in engine.generate(request)]

@@ -1,6 +1,7 @@
 """What ``benchmarks decode`` asks the engine for, and how a figure follows from seconds. Plain.
 
 decode, long, sampling   ms a step = (time for num_out tokens - time for 1) / (num_out - 1)
+upload                   the same, while others come and go: ``upload`` says who
 prefill                  s, the time for 1 token of every request
 closed                   output tokens/s of all requests at once, more than run together
 """
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 
 from benchmarks.report import Spread, spread
 
-GROUPS = ("decode", "long", "prefill", "closed", "sampling")
+GROUPS = ("decode", "long", "prefill", "closed", "sampling", "upload")
 KINDS = ("base", "one", "distinct", "zipf")
 BATCHES = (1, 8, 32, 64, 128, 256)
 _SAMPLED_BATCHES = (64, 256)
+_UPLOAD_BATCHES = (8, 64)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Case:
     @property
     def num_requests(self) -> int:
         return len(self.adapters)
+
+    @property
+    def kind(self) -> str:
+        return self.name.rpartition(" ")[2]
 
     @property
     def needs_first(self) -> bool:
@@ -104,9 +110,10 @@ def cases(
         "prefill": lambda: _prefill(sizes),
         "closed": lambda: _closed(sizes, seed),
         "sampling": lambda: _sampling(sizes, batches),
+        "upload": lambda: _upload(sizes, batches),
     }
     made = [case for group in groups for case in makers[group]()]
-    return [case for case in made if case.name.rpartition(" ")[2] in kinds]
+    return [case for case in made if case.kind in kinds]
 
 
 def prompts(case: Case, vocab_size: int, seed: str) -> list[tuple[int, ...]]:
@@ -186,4 +193,14 @@ def _sampling(sizes: Sizes, batches: Sequence[int]) -> list[Case]:
         Case(f"sampling B={b} base", "sampling", sizes.num_in, sizes.num_out, (None,) * b)
         for b in batches
         if b in _SAMPLED_BATCHES
+    ]
+
+
+def _upload(sizes: Sizes, batches: Sequence[int]) -> list[Case]:
+    """The batch is of the base model; the kind is the visitors'."""
+    return [
+        Case(f"upload B={b} {kind}", "upload", sizes.num_in, sizes.num_out, (None,) * b)
+        for b in batches
+        if b in _UPLOAD_BATCHES
+        for kind in ("base", "one", "distinct")
     ]

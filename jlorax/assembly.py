@@ -19,8 +19,10 @@ from jlorax.adapters.pack import PackedAdapter
 from jlorax.adapters.placement import share_bank
 from jlorax.adapters.registry import AdapterRecord, Registry
 from jlorax.adapters.slots import SlotTable
-from jlorax.config import EngineConfig, Kernels
-from jlorax.device.device import Device, DeviceSizes
+from jlorax.config import GIB, EngineConfig, Kernels
+from jlorax.defaults import Machine, reserve_bytes
+from jlorax.device.device import Device, DeviceSizes, step_store
+from jlorax.device.lora_bank import host_buffer
 from jlorax.errors import ConfigError, ModelInvalid
 from jlorax.layout import (
     ITEM_BYTES,
@@ -65,6 +67,9 @@ class Parts:
 class MemoryPlan:
     """Bytes and counts, as ``--dry-run`` prints them."""
 
+    platform: str
+    device_bytes: int | None
+    dtype: str
     weight_bytes: int
     random_weights: bool
     kv_bytes: int
@@ -83,26 +88,19 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
     """Loads everything. Raises ConfigError or ModelInvalid with the reason."""
     folder, model_id = find_model(config, progress)
     model_config = read_config(folder)
-    progress("loading tokenizer", 0.0)
-    tokenizer = load_tokenizer(config, folder, model_config)
     registry = build_registry(config, model_id)
     layout = bank_layout(config, model_config)
     plan = plan_memory(config, model_config, registry, layout)
     disk = _disk_tier(config)
-    model = load_weights(config, folder, model_config, progress)
-    sizes = DeviceSizes(
-        max_batch=config.scheduler.max_batch,
-        num_pages=plan.num_pages,
-        page_size=plan.page_size,
-        max_pages_per_sequence=-(-plan.max_seq_len // plan.page_size),
-        num_slots=plan.max_slots,
-        pool_pages=plan.pool_pages,
-    )
-    device = Device(
-        model, layout, sizes, plan.shapes, kernels(config), config.executable_dir, progress
-    )
+    sizes = _device_sizes(config, plan)
+    steps = (layout, sizes, plan.shapes, kernels(config))
+    with step_store(config.executable_dir, model_config, config.model.dtype, *steps) as store:
+        progress("loading tokenizer", 0.0)
+        tokenizer = load_tokenizer(config, folder, model_config)
+        model = load_weights(config, folder, model_config, progress)
+        device = Device(model, *steps, store, progress)
     loader, host_tier = (
-        Loader(layout, disk),
+        Loader(layout, disk, host_buffer),
         HostTier[PackedAdapter](config.adapters.host_cache_bytes),
     )
     preload_adapters(registry, loader, host_tier, progress)
@@ -216,33 +214,58 @@ def plan_memory(
     item = ITEM_BYTES[config.model.dtype]
     per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item
     page_bytes = per_token * kv.page_size
-    pages_per_sequence = -(-max_seq_len // kv.page_size)
-    if kv.cache_bytes is None:
-        share = -(-pages_per_sequence // _POOL_SHARE)
-        num_pages = max(pages_per_sequence, config.scheduler.max_batch * share) + 1
-    else:
-        num_pages = kv.cache_bytes // page_bytes
-    if num_pages < 2:
-        raise ConfigError(
-            f"kv_cache_bytes is {kv.cache_bytes}; two pages of {kv.page_size} tokens take "
-            f"{2 * page_bytes}"
-        )
     known = [_known_ranks(record, layout) for record in registry.list()]
     pool_pages = share_bank(layout, adapters.bank_bytes, known)
+    bank_bytes = sum(layout.page_bytes(pool) * count for pool, count in pool_pages.items())
+    weights = weight_bytes(model, config.model.dtype)
+    num_pages = _num_pages(config, max_seq_len, page_bytes, weights + bank_bytes)
     return MemoryPlan(
-        weight_bytes=weight_bytes(model, config.model.dtype),
+        platform=jax.default_backend(),
+        device_bytes=kv.device_bytes,
+        dtype=config.model.dtype,
+        weight_bytes=weights,
         random_weights=config.model.is_dummy,
         kv_bytes=num_pages * page_bytes,
         num_pages=num_pages,
         page_size=kv.page_size,
         max_seq_len=min(max_seq_len, (num_pages - 1) * kv.page_size),
-        bank_bytes=sum(layout.page_bytes(pool) * count for pool, count in pool_pages.items()),
+        bank_bytes=bank_bytes,
         max_slots=adapters.max_slots,
         pool_pages=pool_pages,
         host_cache_bytes=adapters.host_cache_bytes,
         disk_cache_bytes=adapters.disk_cache_bytes if adapters.disk_dir else 0,
         shapes=step_shapes(config),
     )
+
+
+def _num_pages(config: EngineConfig, max_seq_len: int, page_bytes: int, taken_bytes: int) -> int:
+    """Of the KV pool, padding's page included; ``taken_bytes``: weights and bank."""
+    kv, max_batch = config.kv, config.scheduler.max_batch
+    pages_per_sequence = -(-max_seq_len // kv.page_size)
+    if kv.cache_bytes is not None:
+        num_pages, given = kv.cache_bytes // page_bytes, f"kv_cache_bytes is {kv.cache_bytes}"
+    elif kv.device_bytes is not None:
+        left = kv.device_bytes - reserve_bytes(kv.device_bytes) - taken_bytes
+        num_pages = min(max_batch * pages_per_sequence + 1, left // page_bytes)
+        given = (
+            f"of the device's {kv.device_bytes} bytes weights and adapter bank take {taken_bytes}, "
+            f"and {left} are left for keys and values"
+        )
+    else:
+        share = -(-pages_per_sequence // _POOL_SHARE)
+        return max(pages_per_sequence, max_batch * share) + 1
+    if num_pages < 2:
+        raise ConfigError(f"{given}; two pages of {kv.page_size} tokens take {2 * page_bytes}")
+    return num_pages
+
+
+def running_on() -> Machine:
+    """Starts jax. A GPU's memory in whole GiB: what differs by less from start to start must not
+    change the shapes that executables are kept by."""
+    if jax.default_backend() != "gpu":
+        return Machine(jax.default_backend())
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return Machine("gpu", None if limit is None else limit // GIB * GIB)
 
 
 def kernels(config: EngineConfig) -> Kernels:
@@ -256,9 +279,8 @@ def step_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
     if kernels(config) != "xla":
         return _packed_shapes(config)
     return (
-        *(decode_shape(b, sampling=False) for b in steps.greedy_buckets),
-        *(decode_shape(b, sampling=True) for b in steps.sampling_buckets),
-        *(StepShape(t, steps.tile, t // steps.tile, True) for t in steps.extend_buckets),
+        *map(decode_shape, steps.decode_buckets),
+        *(StepShape(t, steps.tile, t // steps.tile) for t in steps.extend_buckets),
     )
 
 
@@ -268,11 +290,10 @@ def _packed_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
     most = config.scheduler.max_batch
     return (
         *(
-            decode_shape(b, sampling=False, lora=lora, packed_slots=slots)
-            for b in steps.greedy_buckets
+            decode_shape(b, lora, packed_slots=slots)
+            for b in steps.decode_buckets
             for lora in LoraReach
         ),
-        *(decode_shape(b, sampling=True, packed_slots=slots) for b in steps.sampling_buckets),
         *(
             packed_extend_shape(t, min(most, max(1, t // steps.tile)), lora)
             for t in steps.extend_buckets
@@ -303,6 +324,17 @@ def _disk_tier(config: EngineConfig) -> DiskTier | None:
     if adapters.disk_dir is None:
         return None
     return DiskTier(adapters.disk_dir, adapters.disk_cache_bytes)
+
+
+def _device_sizes(config: EngineConfig, plan: MemoryPlan) -> DeviceSizes:
+    return DeviceSizes(
+        max_batch=config.scheduler.max_batch,
+        num_pages=plan.num_pages,
+        page_size=plan.page_size,
+        max_pages_per_sequence=-(-plan.max_seq_len // plan.page_size),
+        num_slots=plan.max_slots,
+        pool_pages=plan.pool_pages,
+    )
 
 
 def _policy_config(config: EngineConfig, sizes: DeviceSizes, plan: MemoryPlan) -> PolicyConfig:

@@ -51,17 +51,15 @@ class ModelSource:
 class StepConfig:
     """The compiled shapes. A step is a decode (a token per sequence) or an extend (prompt chunks).
 
-    ``greedy_buckets`` and ``sampling_buckets`` are decode batch sizes; a step that can sample
-    serves greedy requests too, on a CPU at the same cost. Extend steps can always sample.
+    ``decode_buckets`` are batch sizes. Every step serves greedy requests and others together.
     ``tile`` tokens of an extend step belong to one sequence, where XLA computes.
 
-    ``kernels`` says who does: "xla", or our own kernels, whose steps are packed and have a twin
-    without adapters for every greedy one ("pallas"; "pallas_interpret" on a CPU, for tests). None:
-    Pallas on a GPU, XLA elsewhere.
+    ``kernels`` says who does: "xla", or our own kernels, whose steps are packed and have twins
+    with fewer adapters or none ("pallas"; "pallas_interpret" on a CPU, for tests). None: Pallas on
+    a GPU, XLA elsewhere.
     """
 
-    greedy_buckets: tuple[int, ...] = ()
-    sampling_buckets: tuple[int, ...] = (1, 8, 32)
+    decode_buckets: tuple[int, ...] = (1, 8, 32)
     extend_buckets: tuple[int, ...] = (64, 256)
     tile: int = 16
     kernels: Kernels | None = None
@@ -71,13 +69,13 @@ class StepConfig:
             self.kernels is None or self.kernels in get_args(Kernels),
             f"kernels is {self.kernels!r}; allowed are: {', '.join(get_args(Kernels))}",
         )
-        for name in ("greedy_buckets", "sampling_buckets", "extend_buckets"):
+        for name in ("decode_buckets", "extend_buckets"):
             buckets = getattr(self, name)
             _require(
                 all(b > 0 for b in buckets) and list(buckets) == sorted(set(buckets)),
                 f"{name} is {buckets}; it must rise and be positive",
             )
-        _require(bool(self.sampling_buckets), "sampling_buckets is empty")
+        _require(bool(self.decode_buckets), "decode_buckets is empty")
         _require(bool(self.extend_buckets), "extend_buckets is empty")
         _require(
             all(b % self.tile == 0 for b in self.extend_buckets),
@@ -100,10 +98,12 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class KVConfig:
-    """The KV pool. ``cache_bytes`` None: a sixteenth of the context for each of max_batch."""
+    """The KV pool. ``cache_bytes`` None: what is left of ``device_bytes``, as far as max_batch
+    sequences can fill it; that None too: a sixteenth of the context for each of max_batch."""
 
     max_seq_len: int | None = None  # None: what the model was trained for, at most 8192
     cache_bytes: int | None = None
+    device_bytes: int | None = None  # what all of this may take of the device
     page_size: int = 64
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class EngineConfig:
     executable_dir: Path | None = None  # None: compiled anew at every start
 
     def __post_init__(self) -> None:
-        largest = self.steps.sampling_buckets[-1]
+        largest = self.steps.decode_buckets[-1]
         _require(
             largest >= self.scheduler.max_batch,
             f"max_batch is {self.scheduler.max_batch}, above the largest decode bucket {largest}",

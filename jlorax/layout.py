@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from jlorax.types import Projection
 
 RANK_PAGE = 8
 ZERO_PAGE = 0
+NO_PAGE = 2**31 - 1  # in a write: beyond every pool
+
+ALIGN_BYTES = 64  # a CPU device uses host memory in place from here on
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -87,7 +91,49 @@ class BankLayout:
         return LoraReach.ATTENTION if all(map(_is_attention, paths)) else LoraReach.ALL
 
     def page_bytes(self, pool: PoolKey) -> int:
-        return pool.num_layers * RANK_PAGE * pool.width * ITEM_BYTES[self.dtype]
+        return _page_elements(pool) * ITEM_BYTES[self.dtype]
+
+    @cached_property
+    def unit(self) -> int:
+        """Elements of one row of an adapter's buffer; every pool's page is a whole number of them.
+
+        Rows rather than single elements: 32 bits count the largest buffer, and offsets into it are
+        known to be aligned.
+        """
+        return math.gcd(*(_page_elements(pool) for pool in self.pools))
+
+    def page_units(self, pool: PoolKey) -> int:
+        return _page_elements(pool) // self.unit
+
+    def units(self, need: Mapping[PoolKey, int]) -> int:
+        """Of these pages, without padding."""
+        return sum(self.page_units(pool) * count for pool, count in need.items())
+
+    @cached_property
+    def most_pages(self) -> Mapping[PoolKey, int]:
+        """What an adapter of the largest rank on every projection needs."""
+        return self.pages_needed({p.name: self.max_rank for p in self.projections})
+
+    @cached_property
+    def buffer_sizes(self) -> tuple[int, ...]:
+        """Units that buffers come in, ascending: few, as each has an executable of its own.
+
+        Usual adapters fill one: attention's projections, half of them, or all there are, at rank 8,
+        16, 32, 64 and so on. What lies between is padded, to about twice its size at the worst.
+        """
+        attention = [p.name for p in self.projections if _is_attention(p.path)]
+        counts = [n for n in _USUAL_PAGES if n <= rank_pages(self.max_rank)]
+        usual = [
+            self.units(self.pages_needed(dict.fromkeys(names, n * RANK_PAGE)))
+            for names in (attention, self.index)
+            for n in counts
+        ]
+        return _thinned([min(usual) // 2, *usual, self.units(self.most_pages)])
+
+    def buffer_size(self, need: Mapping[PoolKey, int]) -> int:
+        """Units of the buffer that an adapter with these pages travels in."""
+        units = self.units(need)
+        return next(size for size in self.buffer_sizes if size >= units)
 
     def pages_needed(self, ranks: Mapping[str, int]) -> dict[PoolKey, int]:
         """Pages per pool for an adapter with these true ranks (projection name -> rank)."""
@@ -99,8 +145,40 @@ class BankLayout:
         return need
 
 
+_USUAL_PAGES = (1, 2, 4, 8, 16, 32)
+_NEAR = 0.95  # a size this near to the next is not worth an executable
+
+
+def _thinned(sizes: Iterable[int]) -> tuple[int, ...]:
+    kept: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        if not kept or 0 < size < _NEAR * kept[-1]:
+            kept.append(size)
+    return tuple(reversed(kept))
+
+
+def _page_elements(pool: PoolKey) -> int:
+    return pool.num_layers * RANK_PAGE * pool.width
+
+
 def _is_attention(path: str) -> bool:
     return ".self_attn." in path or ".self_attention." in path
+
+
+def aligned_zeros(num_bytes: int) -> np.ndarray:
+    """u8[num_bytes] that a CPU device can use in place; memory is taken as it is written."""
+    memory = np.zeros(num_bytes + ALIGN_BYTES, np.uint8)
+    start = -memory.ctypes.data % ALIGN_BYTES
+    return memory[start : start + num_bytes]
+
+
+class HostBuffer(Protocol):
+    """An adapter's pages in RAM, [units, unit]: a numpy array, or what the device made of one."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -108,10 +186,8 @@ class SlotWrite:
     """Everything the device needs to make one adapter resident in one slot."""
 
     slot: int
-    pages: Mapping[PoolKey, tuple[tuple[int, ...], np.ndarray]]  # page ids, data [n, L, 8, width]
-    table: np.ndarray  # i32[projections, 2, table_width]
-    num_pages: np.ndarray  # i32[projections]
-    scaling: np.ndarray  # f32[projections, max_layers]
+    buffer: HostBuffer
+    packed: np.ndarray  # i32, as a WriteLayout of this buffer's length lays it out
 
 
 @dataclass(frozen=True)
@@ -136,8 +212,7 @@ class StepShape:
     """One executable: T tokens, B outputs.
 
     Decode has an output per token; an extend step carries chunks of prompts, an output a chunk at
-    most. Without ``sampling`` every output is the most probable token; adapters are added as far as
-    ``lora`` reaches. How tokens lie follows from what computes:
+    most. Adapters are added as far as ``lora`` reaches. How tokens lie follows from what computes:
       tiles   (XLA)    ``tile`` consecutive tokens belong to one sequence, padded
       packed  (Pallas) one after the other; ``blocks`` say who they belong to, and ``tile`` is 1
     """
@@ -145,7 +220,6 @@ class StepShape:
     num_tokens: int
     tile: int
     num_outputs: int
-    sampling: bool
     lora: LoraReach = LoraReach.ALL
     blocks: BlockCounts | None = None
 
@@ -159,13 +233,13 @@ class StepShape:
 
 
 def decode_shape(
-    batch: int, sampling: bool, lora: LoraReach = LoraReach.ALL, packed_slots: int | None = None
+    batch: int, lora: LoraReach = LoraReach.ALL, packed_slots: int | None = None
 ) -> StepShape:
     """``packed_slots``: of the bank, for packed steps; None: tiles."""
     if packed_slots is None:
-        return StepShape(batch, 1, batch, sampling, lora)
+        return StepShape(batch, 1, batch, lora)
     most = min(batch, packed_slots + batch // _DECODE_LORA_ROWS) if lora else 0
-    return StepShape(batch, 1, batch, sampling, lora, BlockCounts(most, _DECODE_LORA_ROWS, 0))
+    return StepShape(batch, 1, batch, lora, BlockCounts(most, _DECODE_LORA_ROWS, 0))
 
 
 def packed_extend_shape(
@@ -176,7 +250,7 @@ def packed_extend_shape(
     lora_blocks = _most_blocks(num_tokens, chunks, _EXTEND_LORA_ROWS) if lora else 0
     queries = _most_blocks(num_tokens, chunks, QUERY_BLOCK)
     counts = BlockCounts(lora_blocks, _EXTEND_LORA_ROWS, queries)
-    return StepShape(num_tokens, 1, chunks, True, lora, counts)
+    return StepShape(num_tokens, 1, chunks, lora, counts)
 
 
 # A decode step's rows differ in their adapters, a prompt's do not.
@@ -208,10 +282,9 @@ def _step_fields(shape: StepShape, max_pages: int) -> _Fields:
         fields |= _block_fields(shape, shape.blocks, max_pages)
     if shape.lora:
         fields["out_slots"] = ("int32", outputs)
-    if shape.sampling:
-        fields |= dict.fromkeys(SAMPLING_FLOATS, ("float32", outputs))
-        fields |= dict.fromkeys(("top_k", "num_alternatives"), ("int32", outputs))
-        fields["seeds"] = ("uint32", (shape.num_outputs, 2))
+    fields |= dict.fromkeys(SAMPLING_FLOATS, ("float32", outputs))
+    fields |= dict.fromkeys(("top_k", "num_alternatives"), ("int32", outputs))
+    fields["seeds"] = ("uint32", (shape.num_outputs, 2))
     return fields
 
 
@@ -247,14 +320,13 @@ LAST_TOKEN = -1  # in ``tokens``: the token that the row drew last, which is sti
 PADDING = -1  # in ``positions``: this token is not one
 
 
-class StepLayout:
-    """Where each of a step's arrays lies in the one int32 vector that travels to the device."""
+class PackedLayout:
+    """Where each of several arrays lies in one int32 vector that travels to the device."""
 
-    def __init__(self, shape: StepShape, max_pages: int) -> None:
-        self.shape = shape
+    def __init__(self, fields: _Fields) -> None:
         self.fields: dict[str, tuple[str, tuple[int, ...], int]] = {}
         offset = 0
-        for name, (dtype, dims) in _step_fields(shape, max_pages).items():
+        for name, (dtype, dims) in fields.items():
             self.fields[name] = (dtype, dims, offset)
             offset += math.prod(dims)
         self.size = offset
@@ -266,6 +338,14 @@ class StepLayout:
             for name, (dtype, dims, offset) in self.fields.items()
         }
 
+
+class StepLayout(PackedLayout):
+    """Of the vector that describes a step."""
+
+    def __init__(self, shape: StepShape, max_pages: int) -> None:
+        super().__init__(_step_fields(shape, max_pages))
+        self.shape = shape
+
     def blank(self, padding_row: int, base_slot: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """A packed vector in which every token and output is padding, and its views."""
         packed = np.zeros(self.size, np.int32)
@@ -276,7 +356,44 @@ class StepLayout:
         if self.shape.lora:
             for name in ("slots", "out_slots"):
                 views[name][:] = base_slot
-        if self.shape.sampling:
-            for name in ("top_p", "typical_p", "repetition_penalty"):
-                views[name][:] = 1.0
+        for name in ("top_p", "typical_p", "repetition_penalty"):
+            views[name][:] = 1.0
         return packed, views
+
+
+class WriteLayout(PackedLayout):
+    """Of the vector that says where an adapter's buffer of ``num_units`` goes.
+
+    The slot, its rows of the tables, and by pool: the buffer's unit where its pages begin, how many
+    they are, and their ids, with NO_PAGE and smaller where the list is longer than the pages.
+    """
+
+    def __init__(self, bank: BankLayout, num_units: int) -> None:
+        projections, pools = len(bank.projections), (len(bank.pools),)
+        fields: _Fields = {
+            "slot": ("int32", ()),
+            "table": ("int32", (projections, 2, bank.table_width)),
+            "num_pages": ("int32", (projections,)),
+            "scaling": ("float32", (projections, bank.max_layers)),
+            "first": ("int32", pools),
+            "count": ("int32", pools),
+        }
+        for pool in bank.pools:
+            most = min(bank.most_pages[pool], num_units // bank.page_units(pool))
+            fields[pages_field(pool)] = ("int32", (most,))
+        super().__init__(fields)
+        self._pools = bank.pools
+
+    def blank(self, slot: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """A vector that gives ``slot`` nothing, and its views."""
+        packed = np.zeros(self.size, np.int32)
+        views = self.views(packed)
+        views["slot"][...] = slot
+        for pool in self._pools:
+            ids = views[pages_field(pool)]
+            ids[:] = NO_PAGE - np.arange(len(ids))  # no id twice: the device may rely on it
+        return packed, views
+
+
+def pages_field(pool: PoolKey) -> str:
+    return f"pages_{pool.num_layers}x{pool.width}"

@@ -14,8 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlorax.client import DEFAULT_URL, Client
+from jlorax.defaults import Machine
 from jlorax.errors import ConfigError, JLoraxError
 from servers import settings
+
+# jax's own share is 0.75; the rest of the card is for the driver and what it keeps for code
+_MEMORY_FRACTION = 0.92
+_MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # new, old name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,20 +100,29 @@ def _serve(arguments: argparse.Namespace) -> int:
     from servers import serve
 
     values = settings.read_settings(vars(arguments), os.environ)
-    engine = settings.engine_config(values, os.environ)
+    server = settings.server_config(values)
+    engine = settings.engine_config(values, os.environ, machine())
     if arguments.dry_run:
         return serve.dry_run(engine)
-    return asyncio.run(serve.serve(engine, settings.server_config(values)))
+    return asyncio.run(serve.serve(engine, server))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from servers import demo
 
     values = settings.read_settings(vars(arguments), os.environ)
-    engine = settings.engine_config({**demo.DEFAULTS, **values}, os.environ)
-    return asyncio.run(
-        demo.demo(demo.with_adapters(engine), settings.server_config(values), arguments.once)
-    )
+    server = settings.server_config(values)
+    engine = settings.engine_config({**demo.DEFAULTS, **values}, os.environ, machine())
+    return asyncio.run(demo.demo(demo.with_adapters(engine), server, arguments.once))
+
+
+def machine() -> Machine:
+    """What the model will run on. Starts jax, which takes its share of a GPU's memory then."""
+    from jlorax.assembly import running_on
+
+    if not any(name in os.environ for name in _MEMORY_FRACTIONS):
+        os.environ[_MEMORY_FRACTIONS[0]] = str(_MEMORY_FRACTION)
+    return running_on()
 
 
 # ---- the client

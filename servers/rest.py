@@ -19,6 +19,7 @@ from servers.serving import CONFIG, ENGINE, SSE_COMMENT, SSE_COMMENT_S, ServedEn
 log = logging.getLogger("jlorax.http")
 
 CLOSE_DEADLINE_S = 2.0
+_BACKLOG = 1024  # connections that come at once; one that finds no room tries again after a second
 LINGER_S = 1.0  # what a refused body may still send, so that its sender reads the refusal
 
 
@@ -94,7 +95,7 @@ def bound_port(runner: web.AppRunner) -> int:
 
 
 async def _listen(runner: web.AppRunner, host: str, port: int) -> web.TCPSite:
-    site = web.TCPSite(runner, host, port)
+    site = web.TCPSite(runner, host, port, backlog=_BACKLOG)
     try:
         await site.start()
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 
@@ -16,12 +17,15 @@ from servers.tables import memory_table, show
 
 log = logging.getLogger("jlorax")
 
+_OBJECTS_PER_COLLECTION = 20_000  # Python's 700 are a few hundred tokens, and jax joins in each
+
 
 async def serve(config: EngineConfig, server: ServerConfig) -> int:
     """Serves until SIGTERM or Ctrl-C; 1 when the engine died meanwhile."""
     check_port(server)
     with StartProgress() as progress:
         engine = await Engine.start(config, progress)
+    gc.set_threshold(_OBJECTS_PER_COLLECTION)
     async with engine:
         log.info(
             "ready: %s on %s, %d slots",

@@ -1,6 +1,7 @@
 """The one table of settings: each is a flag, a JLORAX_* variable and a key of the YAML file.
 
-The first that names a setting wins: flag, environment, file, default.
+The first that names a setting wins: flag, environment, file, default; some defaults depend on
+where the model runs (``jlorax.defaults``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import yaml
 
 from jlorax.config import (
     DTYPES,
+    GIB,
     LOAD_FORMATS,
+    MIB,
     AdapterConfig,
     EngineConfig,
     KVConfig,
@@ -26,6 +29,7 @@ from jlorax.config import (
     ServerConfig,
     StepConfig,
 )
+from jlorax.defaults import CPU, GPU, Defaults, Machine, bank_bytes, defaults_of
 from jlorax.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -40,6 +44,20 @@ def size_bytes(text: str) -> int:
     if match is None or unit not in _UNITS:
         raise ValueError("a size looks like 512MiB, 2GiB, 1.5GB or a number of bytes")
     return int(float(match[1]) * _UNITS[unit])
+
+
+def _size_text(num_bytes: int) -> str:
+    """As ``size_bytes`` reads it."""
+    return f"{num_bytes // GIB}GiB" if num_bytes % GIB == 0 else f"{num_bytes // MIB}MiB"
+
+
+def _buckets_text(buckets: Sequence[int]) -> str:
+    return ",".join(map(str, buckets))
+
+
+def _either(shown: Callable[[Defaults], object]) -> str:
+    """A default that depends on where the model runs, for a help text."""
+    return f"({shown(CPU)}; on a GPU {shown(GPU)})"
 
 
 def _whole(text: str) -> int:
@@ -95,7 +113,12 @@ class Setting:
 SETTINGS = (
     Setting("model", str, "DIR|GGUF|HUB_ID", "base model (default: the embedded SmolLM2-135M)"),
     Setting("model_id", str, "NAME", "the base model's name for clients"),
-    Setting("dtype", _one_of(DTYPES), "|".join(DTYPES), "element type of weights, KV pool, bank"),
+    Setting(
+        "dtype",
+        _one_of(DTYPES),
+        "|".join(DTYPES),
+        f"element type of weights, KV pool, bank {_either(lambda d: d.dtype)}",
+    ),
     Setting(
         "load_format",
         _one_of(LOAD_FORMATS),
@@ -106,17 +129,40 @@ SETTINGS = (
     Setting("port", _whole, "PORT", "port to listen on (default 8080)"),
     Setting("adapter_root", _folder, "DIR", "folder whose sub-folders are adapters"),
     Setting("adapter", _named_adapter, "NAME=DIR", "an adapter by name; may be repeated", True),
-    Setting("adapter_bank_bytes", size_bytes, "B", "device memory for adapters (256MiB)"),
+    Setting(
+        "adapter_bank_bytes",
+        size_bytes,
+        "B",
+        f"device memory for adapters {_either(lambda d: _size_text(d.bank_bytes))}",
+    ),
     Setting("max_slots", _whole, "N", "adapters on the device at once (64)"),
     Setting("max_rank", _whole, "R", "largest LoRA rank served, 1 to 256 (64)"),
-    Setting("host_cache_bytes", size_bytes, "B", "RAM for adapters (2GiB)"),
+    Setting(
+        "host_cache_bytes",
+        size_bytes,
+        "B",
+        f"RAM for adapters {_either(lambda d: _size_text(d.host_cache_bytes))}",
+    ),
     Setting("disk_cache", _folder, "DIR", "folder for packed adapters (in the cache folder)"),
     Setting("disk_cache_bytes", size_bytes, "B", "its quota (16GiB)"),
     Setting("max_seq_len", _whole, "N", "tokens of prompt and answer (the model's, at most 8192)"),
-    Setting("max_batch", _whole, "N", "sequences that run at once (32)"),
-    Setting("max_queued", _whole, "N", "requests that may wait (256)"),
-    Setting("kv_cache_bytes", size_bytes, "B", "memory for keys and values"),
-    Setting("buckets", _buckets, "N,N", "decode batch sizes to compile (1,8,32)"),
+    Setting(
+        "max_batch", _whole, "N", f"sequences that run at once {_either(lambda d: d.max_batch)}"
+    ),
+    Setting("max_queued", _whole, "N", f"requests that may wait {_either(lambda d: d.max_queued)}"),
+    Setting(
+        "kv_cache_bytes",
+        size_bytes,
+        "B",
+        "memory for keys and values (a sixteenth of the context for each of max_batch; "
+        "on a GPU what is left)",
+    ),
+    Setting(
+        "buckets",
+        _buckets,
+        "N,N",
+        "decode batch sizes to compile " + _either(lambda d: _buckets_text(d.decode_buckets)),
+    ),
     Setting("cache_dir", _folder, "DIR", "prepared models, executables and adapters"),
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}
@@ -196,8 +242,12 @@ def default_cache_dir(environment: Mapping[str, str]) -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "jlorax"
 
 
-def engine_config(values: Mapping[str, Any], environment: Mapping[str, str]) -> EngineConfig:
+def engine_config(
+    values: Mapping[str, Any], environment: Mapping[str, str], machine: Machine
+) -> EngineConfig:
     cache_dir = values.get("cache_dir") or default_cache_dir(environment)
+    defaults = defaults_of(machine)
+    values = _unnamed(defaults, machine) | _given(values)
     adapters = {
         "root": values.get("adapter_root"),
         "named": values.get("adapter"),
@@ -208,14 +258,18 @@ def engine_config(values: Mapping[str, Any], environment: Mapping[str, str]) -> 
         "disk_dir": values.get("disk_cache") or cache_dir / "adapters",
         "disk_cache_bytes": values.get("disk_cache_bytes"),
     }
-    scheduler = {name: values.get(name) for name in ("max_batch", "max_queued")}
-    kv = {"max_seq_len": values.get("max_seq_len"), "cache_bytes": values.get("kv_cache_bytes")}
+    scheduler = SchedulerConfig(**{name: values[name] for name in ("max_batch", "max_queued")})
+    kv = {
+        "max_seq_len": values.get("max_seq_len"),
+        "cache_bytes": values.get("kv_cache_bytes"),
+        "device_bytes": machine.memory_bytes,
+    }
     model = {name: values.get(name) for name in ("model", "dtype", "load_format")}
     return EngineConfig(
         cache_dir=cache_dir,
         model=ModelSource(**_given(model)),
-        steps=_steps(values),
-        scheduler=SchedulerConfig(**_given(scheduler)),
+        steps=_steps(defaults, scheduler.max_batch, values.get("buckets")),
+        scheduler=scheduler,
         kv=KVConfig(**_given(kv)),
         adapters=AdapterConfig(**_given(adapters)),
         model_id=values.get("model_id"),
@@ -227,12 +281,21 @@ def server_config(values: Mapping[str, Any]) -> ServerConfig:
     return ServerConfig(**_given({"host": values.get("host"), "port": values.get("port")}))
 
 
-def _steps(values: Mapping[str, Any]) -> StepConfig:
-    """Buckets up to max_batch; the largest is max_batch itself when none is as large."""
-    max_batch = values.get("max_batch") or SchedulerConfig().max_batch
-    buckets = values.get("buckets") or StepConfig().sampling_buckets
-    fitting = tuple(b for b in sorted(set(buckets)) if b < max_batch)
-    return StepConfig(sampling_buckets=(*fitting, max_batch))
+def _steps(defaults: Defaults, max_batch: int, asked: tuple[int, ...] | None) -> StepConfig:
+    """Decode buckets up to max_batch; the largest is max_batch itself when none is as large."""
+    fitting = (b for b in sorted(set(asked or defaults.decode_buckets)) if b < max_batch)
+    return StepConfig(decode_buckets=(*fitting, max_batch), extend_buckets=defaults.extend_buckets)
+
+
+def _unnamed(defaults: Defaults, machine: Machine) -> dict[str, Any]:
+    """The settings that depend on the machine, as they are when nobody names them."""
+    return {
+        "dtype": defaults.dtype,
+        "max_batch": defaults.max_batch,
+        "max_queued": defaults.max_queued,
+        "adapter_bank_bytes": bank_bytes(machine),
+        "host_cache_bytes": defaults.host_cache_bytes,
+    }
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,8 +41,9 @@ def memory_table(plan: MemoryPlan) -> Table:
     table = Table(title="memory plan")
     for heading in ("what", "bytes", "of which"):
         table.add_column(heading)
-    origin = "random (load format dummy)" if plan.random_weights else ""
-    table.add_row("weights", as_size(plan.weight_bytes), origin)
+    table.add_row("device", *_device(plan))
+    origin = ", random (load format dummy)" if plan.random_weights else ""
+    table.add_row("weights", as_size(plan.weight_bytes), plan.dtype + origin)
     kv = f"{plan.num_pages} pages of {plan.page_size} tokens; up to {plan.max_seq_len} a sequence"
     table.add_row("KV pages", as_size(plan.kv_bytes), kv)
     pools = ", ".join(
@@ -57,8 +58,14 @@ def memory_table(plan: MemoryPlan) -> Table:
     return table
 
 
+def _device(plan: MemoryPlan) -> tuple[str, str]:
+    if plan.device_bytes is None:
+        return "", plan.platform
+    free = plan.device_bytes - plan.weight_bytes - plan.kv_bytes - plan.bank_bytes
+    return as_size(plan.device_bytes), f"{plan.platform}; {as_size(free)} left for computing"
+
+
 def _shape_name(shape: StepShape) -> str:
     kind = "decode" if shape.is_decode else "extend"
-    sampling = " sampling" * shape.sampling
     reach = {LoraReach.NONE: " without adapters", LoraReach.ATTENTION: " with attention's"}
-    return f"{kind} {shape.num_tokens}{sampling}{reach.get(shape.lora, '')}"
+    return f"{kind} {shape.num_tokens}{reach.get(shape.lora, '')}"

@@ -31,7 +31,7 @@ def config_for(folder: Path, load_format: str = "dummy") -> EngineConfig:
     return EngineConfig(
         cache_dir=folder / "cache",
         model=ModelSource(str(folder / "tiny"), load_format=load_format),
-        steps=StepConfig(sampling_buckets=(1,), extend_buckets=(16,)),
+        steps=StepConfig(decode_buckets=(1,), extend_buckets=(16,)),
         scheduler=SchedulerConfig(max_batch=1),
         kv=KVConfig(max_seq_len=64, page_size=16),
     )

@@ -59,7 +59,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     return EngineConfig(
         cache_dir=folder / "cache",
         model=ModelSource(str(tiny_llama.write_model(folder / "tiny"))),
-        steps=StepConfig(greedy_buckets=(8,), sampling_buckets=(8,), extend_buckets=(32,), tile=8),
+        steps=StepConfig(decode_buckets=(8,), extend_buckets=(32,), tile=8),
         scheduler=SchedulerConfig(max_batch=8, max_queued=64, max_overtake_s=0.05),
         kv=KVConfig(max_seq_len=64, cache_bytes=16 * 4 * 8 * 2 * 2 * 16, page_size=4),
         adapters=AdapterConfig(

@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "jlorax.types": set(),
     "jlorax.layout": {"numpy", "jlorax.types"},
     "jlorax.config": {"jlorax.errors"},
+    "jlorax.defaults": {"jlorax.config"},
     "jlorax.metrics": {"prometheus_client", "jlorax.types"},
     "jlorax.wire": PLAIN,
     "jlorax.demo": {"jlorax.types"},
@@ -47,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "jlorax.client": PLAIN | {"jlorax.wire", "aiohttp", "yarl"},
     "servers": PLAIN
     | {"jlorax.engine", "jlorax.assembly", "jlorax.wire", "jlorax.config", "jlorax.demo"}
+    | {"jlorax.defaults"}
     | {"jlorax.tokenizer", "jlorax.metrics", "jlorax.client", "jlorax.models.config"}
     | {"aiohttp", "yaml", "rich"},
 }

@@ -41,7 +41,7 @@ def config(folders: Path, kernels: str) -> EngineConfig:
     return EngineConfig(
         cache_dir=folders / "cache",
         model=ModelSource(str(folders / "model")),
-        steps=StepConfig((4,), (4,), extend_buckets=(32,), kernels=kernels),
+        steps=StepConfig((4,), extend_buckets=(32,), kernels=kernels),
         scheduler=SchedulerConfig(max_batch=4),
         kv=KVConfig(max_seq_len=64, page_size=8),
         adapters=AdapterConfig(

@@ -47,7 +47,7 @@ def _config(folder: Path) -> EngineConfig:
     return EngineConfig(
         cache_dir=cache_dir,
         model=ModelSource(str(folder)),
-        steps=StepConfig((), (8,), (64,)),
+        steps=StepConfig((8,), (64,)),
         scheduler=SchedulerConfig(max_batch=8),
         kv=KVConfig(max_seq_len=256),
         adapters=AdapterConfig(

@@ -45,7 +45,7 @@ def _config(setup: Setup) -> EngineConfig:
     """The defaults that ``jlorax serve`` has; ``few_executables`` leaves out the large buckets."""
     named = tuple((name, Path(folder)) for name, folder in setup.adapters.items())
     batch = len(setup.prompts)
-    few = StepConfig((1, batch), (batch,), extend_buckets=(64,))
+    few = StepConfig(tuple(sorted({1, batch})), extend_buckets=(64,))
     executables = Path(setup.executables)
     return EngineConfig(
         cache_dir=executables.parent,

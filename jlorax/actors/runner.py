@@ -53,7 +53,9 @@ class Runner:
         self._reader.submit(self._guarded, self._read, plan, output)
 
     def _read(self, plan: StepPlan, output: StepOutput) -> None:
-        self._scheduler.post_from_thread(StepDone(plan, read(output)))
+        self._scheduler.post_from_thread(
+            StepDone(plan, read(output, alternatives=plan.wants_alternatives))
+        )
 
     def _write(self, write: SlotWrite) -> None:
         self._device.write_slot(write)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from jlorax.actors.mailbox import Mailbox
@@ -30,6 +31,7 @@ from jlorax.scheduling.policy import Emission, Policy
 from jlorax.scheduling.sequence import Sequence
 from jlorax.types import AdapterVersion
 
+_TURNS_TO_GATHER = 4
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
 
 
@@ -52,8 +54,25 @@ class Scheduler:
     async def run(self) -> None:
         async for message in self._inbox:
             self._take(message)
-            if not len(self._inbox):  # what came together is decided together
-                self._decide(time.monotonic())
+            if len(self._inbox):  # what came together is decided together
+                continue
+            now_s = time.monotonic()
+            self._put_in_order(now_s)
+            if not self._num_in_flight and await self._more_is_coming():
+                continue
+            self._launch(now_s)
+
+    async def _more_is_coming(self) -> bool:
+        """Whether a message comes within a few turns of the loop.
+
+        An idle device would else begin with the first few of many requests that arrive together,
+        whose adapters take them through other actors: then the rest wait for that step.
+        """
+        for _ in range(_TURNS_TO_GATHER):
+            await asyncio.sleep(0)
+            if len(self._inbox):
+                return True
+        return False
 
     def _take(self, message: SchedulerMessage) -> None:
         match message:
@@ -77,11 +96,10 @@ class Scheduler:
                 self._policy.pins.failed(version)
                 self._fail_waiting(version, error)
 
-    def _decide(self, now_s: float) -> None:
+    def _put_in_order(self, now_s: float) -> None:
         self._mark_cancelled()
         self._remove_over()
         self._update_pins(now_s)
-        self._launch(now_s)
 
     def _admit(self, sequence: Sequence) -> None:
         self._policy.add(sequence)

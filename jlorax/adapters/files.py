@@ -15,6 +15,7 @@ from jlorax.errors import AdapterInvalid
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 UNSAFE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -52,6 +53,16 @@ def identify(folder: Path, adapter_id: str, root: Path | None = None) -> SourceI
     """The identity of the folder's two files now. Missing or odd files: AdapterInvalid."""
     config = _identify_file(folder, CONFIG_FILE, adapter_id, root)
     return SourceIdentity(config, _identify_file(folder, WEIGHTS_FILE, adapter_id, root))
+
+
+def is_unchanged(folder: Path, identity: SourceIdentity) -> bool:
+    """Whether the folder's names lead to the very files that ``identify`` found: a link may lead
+    elsewhere by now, but not to these and be another content."""
+    try:
+        found = [FileIdentity.of(os.stat(f"{folder}/{name}")) for name in _FILES]
+    except OSError:
+        return False
+    return found == [identity.config, identity.weights]
 
 
 def read_file(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jlorax.adapters.files import CONFIG_FILE, SourceIdentity, identify, is_within
+from jlorax.adapters.files import CONFIG_FILE, SourceIdentity, identify, is_unchanged, is_within
 from jlorax.adapters.peft import read_config
 from jlorax.adapters.peft_config import MAX_RANK, AdapterConfig
 from jlorax.errors import (
@@ -191,8 +191,10 @@ class Registry:
 
     def _refresh(self, name: _Name, folder: Path, root: Path | None) -> AdapterRecord:
         """The name's record, a new one when the files are not those it was made from."""
-        identity = identify(folder, name.adapter_id, root)
         current = self._current.get(name)
+        if current and current.folder == folder and is_unchanged(folder, current.identity):
+            return current
+        identity = identify(folder, name.adapter_id, root)
         if current and (current.identity, current.folder) == (identity, folder):
             return current
         config = read_config(folder, name.adapter_id, root=root, max_rank=self.max_rank)

@@ -13,9 +13,10 @@ import numpy as np
 
 from jlorax.device import executables
 from jlorax.device.executables import ExecutableStore
-from jlorax.device.lora_bank import BankWriter, empty_bank
+from jlorax.device.lora_bank import empty_bank, make_writer
 from jlorax.device.step import StepOutput, empty_rows, make_step, step_arguments
 from jlorax.layout import BankLayout, PoolKey, SlotWrite, StepLayout, StepShape
+from jlorax.models.config import ModelConfig
 from jlorax.models.weights import BaseModel
 from jlorax.types import Progress, no_progress
 from pallas_kernels.grouped_lora.api import Implementation
@@ -35,7 +36,7 @@ class DeviceSizes:
 
 @dataclass(frozen=True)
 class HostOutput:
-    """A StepOutput, read."""
+    """A StepOutput, read; with its alternatives if anybody wants them."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
@@ -51,23 +52,23 @@ class Device:
         sizes: DeviceSizes,
         shapes: Sequence[StepShape],
         implementation: Implementation,
-        executable_dir: Path | None,
+        store: ExecutableStore,
         progress: Progress = no_progress,
     ) -> None:
         """Allocates KV pool and bank, and readies one executable per shape.
 
         ``implementation``: who computes; packed shapes are Pallas', tiled ones XLA's.
+        ``store``: ``step_store``'s, made for the same.
         """
         self._leaves = model.leaves
         self._pools = empty_kv_pools(model, sizes)
         self._bank = empty_bank(bank_layout, sizes.num_slots, sizes.pool_pages)
         self._rows = empty_rows(sizes.max_batch, model.config.shape.vocab_size)
-        context = repr((model.config, model.dtype, bank_layout, sizes, implementation))
-        store = ExecutableStore(executable_dir, context)
         self._steps = self._ready_steps(
             model, bank_layout, sizes, shapes, implementation, store, progress
         )
-        self._writer = BankWriter(self._bank)
+        self._writer = make_writer(self._bank, bank_layout, store, implementation)
+        self._bank = self._writer.warm_up(self._bank)
         self._warm_up(shapes, sizes, progress)
         self.num_compiled = store.num_compiled
         self.num_loaded = store.num_loaded
@@ -96,8 +97,8 @@ class Device:
             arguments = step_arguments(model, self._pools, self._rows, self._bank, layout)
             return lambda: step.lower(*arguments)
 
-        ready = store.get_all(((repr(shape), lowering(shape)) for shape in shapes), progress)
-        return {shape: ready[repr(shape)] for shape in shapes}
+        ready = store.get_all(((_name(shape), lowering(shape)) for shape in shapes), progress)
+        return {shape: ready[_name(shape)] for shape in shapes}
 
     def _warm_up(self, shapes: Sequence[StepShape], sizes: DeviceSizes, progress: Progress) -> None:
         """Runs every step once on padding: a first run takes up to a second more than the next."""
@@ -126,18 +127,33 @@ class Device:
         }
 
 
-def read(output: StepOutput) -> HostOutput:
+def step_store(
+    folder: Path | None,
+    model: ModelConfig,
+    dtype: str,
+    bank_layout: BankLayout,
+    sizes: DeviceSizes,
+    shapes: Sequence[StepShape],
+    implementation: Implementation,
+) -> ExecutableStore:
+    """The store for a Device of these, already loading the steps that it has."""
+    store = ExecutableStore(folder, repr((model, dtype, bank_layout, sizes, implementation)))
+    store.begin_loading(map(_name, shapes))
+    return store
+
+
+def _name(shape: StepShape) -> str:
+    return repr(shape)
+
+
+def read(output: StepOutput, *, alternatives: bool = False) -> HostOutput:
     """Waits for a step and copies what it chose. Called from a thread of its own."""
     return HostOutput(
         tokens=np.asarray(output.tokens),
         logprobs=np.asarray(output.logprobs),
-        top_tokens=_host(output.top_tokens),
-        top_logprobs=_host(output.top_logprobs),
+        top_tokens=np.asarray(output.top_tokens) if alternatives else None,
+        top_logprobs=np.asarray(output.top_logprobs) if alternatives else None,
     )
-
-
-def _host(array: jax.Array | None) -> np.ndarray | None:
-    return None if array is None else np.asarray(array)
 
 
 def empty_kv_pools(model: BaseModel, sizes: DeviceSizes) -> list[jax.Array]:

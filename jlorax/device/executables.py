@@ -13,9 +13,10 @@ import pickle
 import platform
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -44,40 +45,67 @@ jax.monitoring.register_event_duration_secs_listener(_count_compilation)
 
 
 class ExecutableStore:
-    """A folder of compiled executables. One that cannot be used is compiled anew, never fatal."""
+    """A folder of compiled executables. One that cannot be used is compiled anew, never fatal.
+
+    XLA loads and compiles outside the interpreter lock. Loading needs no array, so it may begin
+    while the weights are read; compiling waits for ``get_all``, because on a GPU XLA times
+    candidates and should have the device for itself.
+    """
 
     def __init__(self, folder: Path | None, context: str) -> None:
         """``context``: a text that names all shapes; ``folder`` None keeps nothing."""
         self._folder = folder
         self._context = "\n".join([context, _environment(), _source_digest()])
+        self._threads = ThreadPoolExecutor(max_workers=max(2, min(16, os.cpu_count() or 2)))
+        self._loading: dict[str, Future[Any | None]] = {}
         self.num_loaded = 0
         self.num_compiled = 0
 
-    def get(self, name: str, lower: Any) -> Any:
-        """The executable called ``name``, from the store or from ``lower()``."""
-        path = self._path(name)
-        stored = _load(path) if path is not None else None
+    def __enter__(self) -> ExecutableStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """A start that failed waits for no executable."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def begin_loading(self, names: Iterable[str]) -> None:
+        """Returns at once; ``get_all`` takes what came of it."""
+        for name in names:
+            self._loading[name] = self._threads.submit(self._load, name)
+
+    def get_all(
+        self, named: Iterable[tuple[str, Any]], progress: Progress = no_progress
+    ) -> dict[str, Any]:
+        """The executables by name, each from the store or from its ``lower()``."""
+        wanted = list(named)
+        jobs = {name: self._threads.submit(self._get, name, lower) for name, lower in wanted}
+        ready: dict[str, Any] = {}
+        for i, (name, job) in enumerate(jobs.items()):
+            ready[name] = job.result()
+            progress("preparing executables", (i + 1) / len(wanted))
+        return ready
+
+    def _get(self, name: str, lower: Any) -> Any:
+        loading = self._loading.pop(name, None)  # submitted before: a thread has it, or had it
+        stored = self._load(name) if loading is None else loading.result()
         if stored is not None:
             self.num_loaded += 1
             return stored
         compiled = lower().compile()
         self.num_compiled += 1
+        path = self._path(name)
         if path is not None:
             _save(path, compiled)
         return compiled
 
-    def get_all(
-        self, named: Iterable[tuple[str, Any]], progress: Progress = no_progress
-    ) -> dict[str, Any]:
-        """Many at once: XLA compiles outside the interpreter lock."""
-        wanted = list(named)
-        ready: dict[str, Any] = {}
-        with ThreadPoolExecutor(max_workers=max(2, min(16, os.cpu_count() or 2))) as threads:
-            jobs = {name: threads.submit(self.get, name, lower) for name, lower in wanted}
-            for i, (name, job) in enumerate(jobs.items()):
-                ready[name] = job.result()
-                progress("preparing executables", (i + 1) / len(wanted))
-        return ready
+    def _load(self, name: str) -> Any | None:
+        path = self._path(name)
+        return None if path is None else _load(path)
 
     def _path(self, name: str) -> Path | None:
         if self._folder is None:

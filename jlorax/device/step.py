@@ -11,8 +11,15 @@ from jax import lax
 
 from jlorax.device import sampling
 from jlorax.device.sampling import SamplingRows
-from jlorax.layout import QUERY_BLOCKS, SAMPLING_FLOATS, BankLayout, StepLayout, StepShape
-from jlorax.models.layers import TokenBatch
+from jlorax.layout import (
+    QUERY_BLOCKS,
+    SAMPLING_FLOATS,
+    BankLayout,
+    PackedLayout,
+    StepLayout,
+    StepShape,
+)
+from jlorax.models.layers import Outputs, TokenBatch
 from jlorax.models.lora import Bank, LoraBatch
 from jlorax.models.weights import BaseModel
 from pallas_kernels.grouped_lora.api import BLOCK_ROWS, Implementation, RowBlocks
@@ -37,12 +44,12 @@ class RowState(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """Per output: the token, its raw log-probability, and the alternatives (sampling steps)."""
+    """Per output: the token, its raw log-probability, and the alternatives it asked for."""
 
     tokens: jax.Array  # i32[B]
     logprobs: jax.Array  # f32[B]
-    top_tokens: jax.Array | None = None  # i32[B, 20]
-    top_logprobs: jax.Array | None = None  # f32[B, 20]
+    top_tokens: jax.Array  # i32[B, 20]
+    top_logprobs: jax.Array  # f32[B, 20]
 
 
 def empty_rows(max_batch: int, vocab_size: int) -> RowState:
@@ -81,10 +88,9 @@ def make_step(
         packed: jax.Array,
     ) -> tuple[list[jax.Array], RowState, StepOutput]:
         module = model.merge(leaves)
-        inputs = _unpack(packed, layout)
+        inputs = unpack(packed, layout)
         tokens = _tokens(inputs, rows)
-        if layout.shape.sampling:
-            rows = _count(rows, inputs, tokens, may_begin=not layout.shape.is_decode)
+        rows = _count(rows, inputs, tokens, may_begin=not layout.shape.is_decode)
         batch = TokenBatch(
             tokens=tokens,
             positions=inputs["positions"],
@@ -93,18 +99,18 @@ def make_step(
             queries=_queries(inputs, layout.shape, implementation),
         )
         lora, head_lora = _adapters(bank, bank_layout, inputs, layout.shape, implementation)
-        hidden, pools = module(batch, pools, lora, implementation)
-        if not layout.shape.is_decode:
-            hidden = hidden[inputs["out_index"]]
+        outputs = None if layout.shape.is_decode else Outputs(inputs["out_index"], head_lora)
+        hidden, pools = module(batch, pools, lora, implementation, outputs)
         logits = module.logits(hidden, head_lora)
-        output = _choose(logits, inputs, rows, layout)
+        output = _choose(logits, inputs, rows, layout, implementation)
         last_token = rows.last_token.at[inputs["out_rows"]].set(output.tokens)
         return pools, rows._replace(last_token=last_token), output
 
     return step
 
 
-def _unpack(packed: jax.Array, layout: StepLayout) -> dict[str, jax.Array]:
+def unpack(packed: jax.Array, layout: PackedLayout) -> dict[str, jax.Array]:
+    """The arrays in the vector, each of its own dtype and shape."""
     inputs = {}
     for name, (dtype, dims, offset) in layout.fields.items():
         size = 1
@@ -181,60 +187,52 @@ def _count(
 
 
 def _choose(
-    logits: jax.Array, inputs: dict[str, jax.Array], rows: RowState, layout: StepLayout
+    logits: jax.Array,
+    inputs: dict[str, jax.Array],
+    rows: RowState,
+    layout: StepLayout,
+    implementation: Implementation,
 ) -> StepOutput:
-    if not layout.shape.sampling:
-        return StepOutput(*sampling.greedy(logits))
-    out_rows = inputs["out_rows"]
     parameters = SamplingRows(
         **{name: inputs[name] for name in SAMPLING_FLOATS},
         top_k=inputs["top_k"],
+        num_alternatives=inputs["num_alternatives"],
         seeds=inputs["seeds"],
         positions=inputs["positions"][inputs["out_index"]] + 1,
     )
 
     def choose(part: tuple[jax.Array, SamplingRows, jax.Array]) -> StepOutput:
         logits, parameters, row = part
-        drawn = sampling.sample(logits, parameters, rows.seen[row], rows.counts[row])
-        return StepOutput(*drawn, *_wanted_alternatives(logits, inputs["num_alternatives"]))
+        books = rows.seen[row], rows.counts[row]
+        return StepOutput(*sampling.sample(logits, parameters, *books, implementation))
 
-    if layout.shape.blocks is not None:  # greedy steps have executables of their own, and room
-        return choose((logits, parameters, out_rows))
+    whole = logits, parameters, inputs["out_rows"]
+    if implementation != "xla":  # its kernel does for a row no more than the row asks for
+        return choose(whole)
     return lax.cond(
-        _is_plain(parameters, inputs["num_alternatives"]),
+        _is_plain(parameters),
         lambda: _greedy_output(logits),
-        lambda: _in_parts(choose, (logits, parameters, out_rows), logits.shape[0]),
+        lambda: _in_parts(choose, whole, logits.shape[0]),
     )
 
 
-def _is_plain(parameters: SamplingRows, num_alternatives: jax.Array) -> jax.Array:
+def _is_plain(parameters: SamplingRows) -> jax.Array:
     """Whether every row wants the most probable token as it is, and nothing else."""
     altered = (
         (parameters.temperature > 0)
         | (parameters.repetition_penalty != 1)
         | (parameters.frequency_penalty != 0)
         | (parameters.presence_penalty != 0)
-        | (num_alternatives > 0)
+        | (parameters.num_alternatives > 0)
     )
     return ~jnp.any(altered)
 
 
-def _wanted_alternatives(logits: jax.Array, num_wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Zeros when no row wants any: on a GPU they take a sort."""
-    shapes = jax.eval_shape(sampling.alternatives, logits)
-
-    def nothing() -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(x.shape, x.dtype) for x in shapes)
-
-    return lax.cond(jnp.any(num_wanted > 0), lambda: sampling.alternatives(logits), nothing)
-
-
 def _greedy_output(logits: jax.Array) -> StepOutput:
     """In the shape of a sampling step's output; nobody asked for the alternatives."""
-    nothing = jax.eval_shape(sampling.alternatives, logits)
-    return StepOutput(
-        *sampling.greedy(logits), *(jnp.zeros(best.shape, best.dtype) for best in nothing)
-    )
+    dims = logits.shape[0], sampling.NUM_ALTERNATIVES
+    nothing = jnp.zeros(dims, jnp.int32), jnp.zeros(dims, jnp.float32)
+    return StepOutput(*sampling.greedy(logits), *nothing)
 
 
 def _in_parts(choose: Callable[[Any], StepOutput], whole: Any, num_rows: int) -> StepOutput:

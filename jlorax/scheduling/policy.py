@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,8 @@ from jlorax.scheduling.pins import PinBook, PinChanges
 from jlorax.scheduling.sequence import Sequence
 from jlorax.scheduling.step_plan import Chunk, PlanBuilder, StepPlan, smallest
 from jlorax.types import AdapterVersion, FinishReason
+
+_WELL_FILLED = 0.75  # of an extend step's tokens
 
 
 @dataclass(frozen=True)
@@ -183,10 +185,31 @@ class Policy:
                 break
         if not chunks:
             return None
-        shape = self._shape(self._extend_shapes, self._extend_capacity - tokens_left, chunks)
+        chunks = self._well_filled(chunks)
+        chunks.sort(key=lambda chunk: chunk.slot)
+        num_tokens = sum(self._padded(chunk.count) for chunk in chunks)
+        shape = self._shape(self._extend_shapes, num_tokens, chunks)
         plan = self._builder.extend(shape, chunks)
         self._launch(chunks)
         return plan
+
+    def _well_filled(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Cut back to the next smaller shape where the one that holds all would be mostly padding,
+        which costs what tokens cost; the rest goes into the next step."""
+        num_tokens = sum(self._padded(chunk.count) for chunk in chunks)
+        sizes = {shape.num_tokens for shape in self._extend_shapes}
+        holds_all = min(size for size in sizes if size >= num_tokens)
+        room = max((size for size in sizes if size <= num_tokens), default=holds_all)
+        if num_tokens >= _WELL_FILLED * holds_all:
+            return chunks
+        kept = []
+        for chunk in chunks:
+            count = min(chunk.count, room)
+            if count == 0:
+                break
+            kept.append(chunk if count == chunk.count else replace(chunk, count=count, final=False))
+            room -= self._padded(count)
+        return kept
 
     def _extend_candidates(self, now_s: float) -> Iterator[Sequence]:
         """Running sequences with prompt left, then waiting ones as they are admitted.
@@ -236,7 +259,6 @@ class Policy:
         shape = smallest(
             shapes,
             num_tokens,
-            sampling=any(c.sequence.needs_sampling for c in chunks),
             lora=max(self.pins.reach(c.sequence.version) for c in chunks),
             num_sequences=len(chunks),
         )

@@ -70,17 +70,6 @@ class Sequence:
             and self.num_answer_planned < self.max_new_tokens
         )
 
-    @property
-    def needs_sampling(self) -> bool:
-        s = self.sampling
-        return (
-            s.temperature > 0
-            or self.num_alternatives > 0
-            or s.repetition_penalty != 1.0
-            or s.frequency_penalty != 0.0
-            or s.presence_penalty != 0.0
-        )
-
     def accept(self, token: int) -> None:
         """Appends a token that the device chose, and notes whether it ends the answer."""
         self.tokens.append(token)

@@ -44,6 +44,10 @@ class StepPlan:
     outputs: tuple[Sequence, ...]
     num_tokens: int
 
+    @property
+    def wants_alternatives(self) -> bool:
+        return any(sequence.num_alternatives for sequence in self.outputs)
+
 
 class PlanBuilder:
     """Lays chunks into the arrays of a shape. ``page_tables`` [rows, W] is the policy's own."""
@@ -165,8 +169,6 @@ class PlanBuilder:
         views["out_rows"][:n] = rows
         if "out_slots" in views:
             views["out_slots"][:n] = slots
-        if "seeds" not in views:
-            return
         for name in SAMPLING_FLOATS:
             views[name][:n] = [getattr(s.sampling, name) for s in sequences]
         views["top_k"][:n] = [s.sampling.top_k for s in sequences]
@@ -206,18 +208,14 @@ def _fill(
 def smallest(
     shapes: Iterable[StepShape],
     num_tokens: int,
-    sampling: bool,
     lora: LoraReach = LoraReach.ALL,
     num_sequences: int = 0,
 ) -> StepShape | None:
     """The cheapest shape that holds the tokens of these many sequences; a step that needs no
-    sampling or no adapters may use one that can."""
+    adapters may use one that can."""
     fitting = [
         s
         for s in shapes
-        if s.num_tokens >= num_tokens
-        and s.num_outputs >= num_sequences
-        and s.sampling >= sampling
-        and s.lora >= lora
+        if s.num_tokens >= num_tokens and s.num_outputs >= num_sequences and s.lora >= lora
     ]
-    return min(fitting, key=lambda s: (s.num_tokens, s.sampling, s.lora), default=None)
+    return min(fitting, key=lambda s: (s.num_tokens, s.lora), default=None)

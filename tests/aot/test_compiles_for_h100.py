@@ -7,6 +7,8 @@ it follows openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,33 +85,66 @@ def abstract(mesh: Mesh) -> Iterator[None]:
 @pytest.mark.parametrize(
     "shape",
     [
-        decode_shape(8, sampling=False, lora=LoraReach.NONE, packed_slots=SLOTS),
-        decode_shape(8, sampling=False, packed_slots=SLOTS),
-        decode_shape(8, sampling=True, packed_slots=SLOTS),
+        decode_shape(8, lora=LoraReach.NONE, packed_slots=SLOTS),
+        decode_shape(8, packed_slots=SLOTS),
         packed_extend_shape(512, 8),
     ],
-    ids=["decode-base", "decode", "decode-sampling", "extend"],
+    ids=["decode-base", "decode", "extend"],
 )
 def test_step_compiles_and_updates_the_pool_in_place(
     h100: Mesh, raw: dict[str, Any], shape: StepShape
 ) -> None:
+    compiled, arguments = compile_step(h100, raw, shape)
+    memory = compiled.memory_analysis()
+    pools_bytes = sum(pool.size * 2 for pool in arguments[1])
+    assert memory.alias_size_in_bytes >= pools_bytes, "the donated KV pool is copied"
+    if shape.is_decode:
+        assert memory.temp_size_in_bytes < 64 << 20
+
+
+@pytest.mark.parametrize(
+    "raw", [LLAMA_2_7B, MISTRAL_7B, FALCON_7B], ids=lambda raw: raw["model_type"]
+)
+def test_the_whole_decode_step_is_one_stream_of_kernels(h100: Mesh, raw: dict[str, Any]) -> None:
+    """All 32 layers at 64 rows: little scratch, and nothing that would end a command buffer, which
+    records kernels: no branch, no loop, no copy between host and device."""
+    rows, whole = 64, raw | {"num_hidden_layers": 32}
+    shape = decode_shape(rows, packed_slots=SLOTS)
+    compiled, arguments = compile_step(h100, whole, shape)
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < (64 << 20) + 16 * rows * raw["vocab_size"]
+    donated = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments[1:3]))
+    assert memory.alias_size_in_bytes >= donated - MAX_BATCH * 8, "a donated array is copied"
+    kinds = entry_operations(compiled.as_text())
+    assert kinds["custom-call"] > 32 * 8  # ours, and cuBLAS' for the head
+    assert set(kinds) <= {"parameter", "constant", "bitcast", "get-tuple-element", "tuple"} | {
+        "fusion",
+        "custom-call",
+    }
+
+
+def entry_operations(hlo: str) -> Counter[str]:
+    """How many of each kind the entry computation of optimized HLO has."""
+    entry = hlo[hlo.index("\nENTRY ") :]
+    lines = (line for line in entry.splitlines() if " = " in line)
+    found = (re.search(r"[\])}] ([a-z][a-z-]*)\(", line) for line in lines)
+    return Counter(match[1] for match in found if match is not None)
+
+
+def compile_step(mesh: Mesh, raw: dict[str, Any], shape: StepShape) -> tuple[Any, tuple[Any, ...]]:
+    """The executable, and what describes its arguments."""
     config = parse_config(raw, "test")
     model = outline(config, "bfloat16")
     bank = BankLayout(config.projections(), "bfloat16", 64)
     layout = StepLayout(shape, MAX_PAGES)
 
     def on_gpu(dims: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(h100, PartitionSpec()))
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     arguments = _arguments(model, bank, layout, on_gpu)
     step = jax.jit(make_step(model, bank, layout, "pallas"), donate_argnums=(1, 2))
-    with abstract(h100):
-        compiled = step.lower(*arguments).compile()
-    memory = compiled.memory_analysis()
-    pools_bytes = sum(pool.size * 2 for pool in arguments[1])
-    assert memory.alias_size_in_bytes >= pools_bytes, "the donated KV pool is copied"
-    if shape.is_decode:
-        assert memory.temp_size_in_bytes < 64 << 20
+    with abstract(mesh):
+        return step.lower(*arguments).compile(), arguments
 
 
 def _arguments(model: Any, bank: BankLayout, layout: StepLayout, on_gpu: Any) -> tuple[Any, ...]:

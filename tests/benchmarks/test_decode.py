@@ -125,3 +125,22 @@ def test_a_spent_budget_still_shows_a_table(
     asked = ["--quick", "--budget-s", "0", "--cache-dir", str(tmp_path), "--out", str(out)]
     assert main(["decode", *shape, *small, *asked]) == 0
     assert "out of time in round 1" in capsys.readouterr().out
+
+
+def test_visitors_upload_an_adapter_each_unless_they_share_one(tmp_path: Path) -> None:
+    out = tmp_path / "decode.jsonl"
+    shape = ["--shape", "tiny", "--dtype", "float32", "--rank", "4", "--page-size", "16"]
+    small = ["--quick", "--batch", "8", "--buckets", "8", "--extend-buckets", "64", "--rounds", "2"]
+    folders = ["--cache-dir", str(tmp_path / "cache"), "--out", str(out)]
+    assert main(["decode", *shape, *small, "--cases", "upload", *folders]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    (alone,) = [line for line in lines if line["kind"] == "upload"]
+    assert alone["buffer_bytes"] > 0 < alone["idle_ms"]["median"]
+    last = {line["case"]: line for line in lines if line["kind"] == "visitors"}
+    assert list(last) == [f"upload B=8 {kind}" for kind in ("base", "one", "distinct")]
+    uploads = [line["uploads"] for line in last.values()]
+    assert uploads[:2] == [0, 0] and uploads[2] >= 1
+    assert all(line["itl_p99_ms"] >= line["itl_p50_ms"] > 0 for line in last.values())
+    assert [
+        line["executables_compiled_after_ready"] for line in lines if line["kind"] == "end"
+    ] == [0]

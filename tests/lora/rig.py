@@ -93,7 +93,7 @@ def open_rig(family: Family, folder: Path) -> Iterator[Rig]:
     opening = engine_for(
         folder / "model",
         folder / "cache",
-        steps=StepConfig((), (MAX_BATCH,), (64,), tile=8),
+        steps=StepConfig((MAX_BATCH,), (64,), tile=8),
         max_batch=MAX_BATCH,
         adapters=adapters,
     )

@@ -152,7 +152,7 @@ def test_greedy_executables_and_preemption(cache_dir: Path) -> None:
     prompts = PROMPTS[:4]
 
     async def ours() -> list[Answer]:
-        steps = StepConfig((4,), (4,), (32,), tile=8)
+        steps = StepConfig((4,), (32,), tile=8)
         async with tiny.engine_for(
             folder, cache_dir / "greedy", steps=steps, num_pages=24
         ) as engine:

@@ -134,7 +134,7 @@ async def engine_for(
     config = EngineConfig(
         cache_dir=cache_dir,
         model=ModelSource(str(folder)),
-        steps=steps or StepConfig((), (4,), (32,), tile=8),
+        steps=steps or StepConfig((4,), (32,), tile=8),
         scheduler=SchedulerConfig(max_batch=max_batch),
         kv=KVConfig(max_seq_len=max_seq_len, page_size=PAGE_SIZE, cache_bytes=cache_bytes),
         adapters=adapters or AdapterConfig(bank_bytes=1 << 20, max_slots=2, max_rank=8),

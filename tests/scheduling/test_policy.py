@@ -7,7 +7,7 @@ import pytest
 from jlorax.scheduling.policy import Policy
 from jlorax.scheduling.sequence import Sequence
 from jlorax.types import FinishReason
-from tests.scheduling.world import SAMPLED, World, alone, config, sequence, shapes, version
+from tests.scheduling.world import World, alone, config, sequence, shapes, version
 
 A, B, C, D = map(version, "ABCD")
 
@@ -90,20 +90,34 @@ def test_prompts_share_an_extend_step_up_to_its_bucket() -> None:
     w.check_empty()
 
 
-def test_greedy_rows_use_the_greedy_shape_and_one_sampling_row_changes_it() -> None:
-    w = world()
-    w.add(unending((1, 2), 5))
-    w.launch()
+def test_an_extend_step_that_would_be_mostly_padding_is_cut_into_full_ones() -> None:
+    w = world(shapes=shapes(extend=(8, 32)), num_pages=30)
+    sequences = [w.add(unending(tuple(range(1, n)), 1)) for n in (7, 6, 6)]  # 8 of 32 each, padded
+    sizes = []
+    while (plan := w.launch()) is not None:
+        sizes.append((plan.shape.num_tokens, plan.num_tokens))
+        w.read()
+    assert sizes == [(32, 6 + 5 + 5)]
+    w.add(unending(tuple(range(1, 13)), 1))  # 12 of 32
+    sizes = []
+    while (plan := w.launch()) is not None:
+        sizes.append((plan.shape.num_tokens, plan.num_tokens))
+        w.read()
+    assert sizes == [(8, 8), (8, 4)]
+    assert [w.answer(seq) for seq in sequences] == [alone(seq) for seq in sequences]
+    w.check_empty()
+
+
+def test_chunks_of_one_adapter_stand_together_in_an_extend_step() -> None:
+    w = world(num_pages=30)
+    sequences = [w.add(unending((1, 2, 3), 1, name)) for name in ("A", "B", "A", "B")]
+    w.settle()
+    assert w.grant() and w.grant()
     plan = w.launch()
     assert plan is not None
-    assert not plan.shape.sampling
-    w.add(sequence((1, 2), 5, sampling=SAMPLED))
-    w.read()
-    w.launch()
-    w.read()
-    plan = w.launch()
-    assert plan is not None
-    assert plan.shape.sampling
+    assert [seq.version for seq in plan.outputs] == [A, A, B, B]
+    w.run()
+    assert [w.answer(seq) for seq in sequences] == [alone(seq) for seq in sequences]
 
 
 def test_the_latest_arrival_gives_its_pages_up_and_gets_the_same_tokens() -> None:

@@ -36,7 +36,7 @@ def test_decode_reads_the_last_token_from_the_device() -> None:
     first, second = sequence((1,) * 5), sequence((1, 2))
     first.row, second.row = 1, 2
     plan = builder().decode(
-        StepShape(4, 1, 4, False), [Chunk(first, 5, 1, 0, True), Chunk(second, 2, 1, 1, True)]
+        StepShape(4, 1, 4), [Chunk(first, 5, 1, 0, True), Chunk(second, 2, 1, 1, True)]
     )
     v = views(plan)
     assert v["tokens"].tolist() == [LAST_TOKEN, LAST_TOKEN, 0, 0]
@@ -58,7 +58,7 @@ def test_chunks_of_an_extend_step_begin_at_tiles_and_final_ones_have_outputs() -
     long, short = sequence(tuple(range(10, 18))), sequence((20, 21))
     long.row, short.row = 1, 2
     plan = builder().extend(
-        StepShape(16, 4, 4, True), [Chunk(long, 2, 5, 1, False), Chunk(short, 0, 2, 0, True)]
+        StepShape(16, 4, 4), [Chunk(long, 2, 5, 1, False), Chunk(short, 0, 2, 0, True)]
     )
     v = views(plan)
     assert v["tokens"].tolist() == [12, 13, 14, 15, 16, 0, 0, 0, 20, 21, *[0] * 6]
@@ -78,7 +78,7 @@ def test_sampling_parameters_and_a_seed_of_64_bits() -> None:
     sampling = SamplingParams(temperature=0.5, top_k=3, top_p=0.25, presence_penalty=-1.5)
     seq = sequence((1, 2), sampling=sampling)
     seq.row, seq.seed = 1, (0xFEDCBA98 << 32) | 0x87654321
-    v = views(builder().extend(StepShape(8, 4, 2, True), [Chunk(seq, 0, 2, 0, True)]))
+    v = views(builder().extend(StepShape(8, 4, 2), [Chunk(seq, 0, 2, 0, True)]))
     assert v["temperature"].tolist() == [0.5, 0.0]
     assert v["top_p"].tolist() == [0.25, 1.0]
     assert v["top_k"].tolist() == [3, 0]
@@ -87,11 +87,11 @@ def test_sampling_parameters_and_a_seed_of_64_bits() -> None:
     assert v["seeds"][0].tolist() == [0xFEDCBA98, 0x87654321]
 
 
-def test_the_smallest_shape_that_holds_the_tokens_and_can_sample_if_asked() -> None:
+def test_the_smallest_shape_that_holds_the_tokens() -> None:
     decode = tuple(s for s in shapes() if s.tile == 1)
-    assert smallest(decode, 1, False) == StepShape(1, 1, 1, False)
-    assert smallest(decode, 2, True) == StepShape(4, 1, 4, True)
-    assert smallest(decode, 5, False) is None
+    assert smallest(decode, 1) == StepShape(1, 1, 1)
+    assert smallest(decode, 2) == StepShape(4, 1, 4)
+    assert smallest(decode, 5) is None
 
 
 def blocks(v: dict[str, np.ndarray], *names: str) -> list[tuple[int, ...]]:
@@ -110,7 +110,7 @@ def test_packed_decode_has_a_block_for_each_run_of_an_adapter() -> None:
         seq = sequence((1, 2))
         seq.row = 1
         chunks.append(Chunk(seq, 2, 1, slot, True))
-    shape = decode_shape(32, sampling=False, packed_slots=BASE_SLOT)
+    shape = decode_shape(32, packed_slots=BASE_SLOT)
     v = views(builder().decode(shape, chunks))
     assert blocks(v, *LORA) == [(0, 16, 0), (16, 2, 0), (18, 1, 3)]
     assert v["page_table"][20].tolist() == [5, 6]
@@ -160,12 +160,12 @@ def test_packed_shapes_have_room_for_the_most_blocks() -> None:
 
 
 def test_the_smallest_shape_reaches_as_far_as_the_adapters_do() -> None:
-    each = tuple(decode_shape(8, False, reach, packed_slots=4) for reach in LoraReach)
-    found = [smallest(each, 5, False, reach) for reach in LoraReach]
+    each = tuple(decode_shape(8, reach, packed_slots=4) for reach in LoraReach)
+    found = [smallest(each, 5, reach) for reach in LoraReach]
     assert found == list(each)
-    assert smallest(each[:2], 5, False, LoraReach.ALL) is None
+    assert smallest(each[:2], 5, LoraReach.ALL) is None
     extend = (packed_extend_shape(64, 2), packed_extend_shape(128, 8))
-    assert smallest(extend, 60, False, num_sequences=3) == extend[1]
+    assert smallest(extend, 60, num_sequences=3) == extend[1]
 
 
 def test_reach_is_attention_only_when_nothing_else_is_targeted() -> None:

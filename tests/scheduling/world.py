@@ -30,8 +30,8 @@ def shapes(
     *, decode: tuple[int, ...] = (1, 4), extend: tuple[int, ...] = (8, 16)
 ) -> tuple[StepShape, ...]:
     return (
-        *(StepShape(n, 1, n, sampling) for n in decode for sampling in (False, True)),
-        *(StepShape(n, TILE, n // TILE, True) for n in extend),
+        *(StepShape(n, 1, n) for n in decode),
+        *(StepShape(n, TILE, n // TILE) for n in extend),
     )
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jlorax.config import AdapterConfig, KVConfig, ModelSource, SchedulerConfig, StepConfig
+from jlorax.defaults import Machine
 from jlorax.errors import ConfigError
 from servers.settings import (
     SETTINGS,
@@ -17,6 +20,10 @@ from servers.settings import (
     server_config,
     size_bytes,
 )
+
+ENVIRONMENT = {"XDG_CACHE_HOME": "/c"}
+CPU = Machine("cpu")
+H100 = Machine("gpu", 73 << 30)
 
 
 def flags(*argv: str) -> dict[str, Any]:
@@ -121,7 +128,7 @@ def test_a_value_out_of_range_has_its_number_in_the_error(
     values: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        engine_config(values, {"XDG_CACHE_HOME": "/c"})
+        engine_config(values, ENVIRONMENT, CPU)
 
 
 def test_a_port_out_of_range_is_refused() -> None:
@@ -131,10 +138,58 @@ def test_a_port_out_of_range_is_refused() -> None:
 
 def test_the_load_format_reaches_the_engine() -> None:
     values = read_settings(flags("--load-format", "dummy"), {})
-    assert engine_config(values, {"XDG_CACHE_HOME": "/c"}).model.load_format == "dummy"
-    assert engine_config({}, {"XDG_CACHE_HOME": "/c"}).model.load_format == "auto"
+    assert engine_config(values, ENVIRONMENT, CPU).model.load_format == "dummy"
+    assert engine_config({}, ENVIRONMENT, CPU).model.load_format == "auto"
 
 
 def test_the_largest_bucket_is_max_batch() -> None:
-    steps = engine_config({"max_batch": 20}, {"XDG_CACHE_HOME": "/c"}).steps
-    assert steps.sampling_buckets == (1, 8, 20)
+    steps = engine_config({"max_batch": 20}, ENVIRONMENT, CPU).steps
+    assert steps.decode_buckets == (1, 8, 20)
+    steps = engine_config({"max_batch": 20}, ENVIRONMENT, H100).steps
+    assert steps.decode_buckets == (1, 8, 16, 20)
+
+
+def test_buckets_that_are_named_hold_up_to_max_batch() -> None:
+    values = read_settings(flags("--buckets", "2,300,4"), {})
+    steps = engine_config(values, ENVIRONMENT, H100).steps
+    assert steps.decode_buckets == (2, 4, 256)
+    steps = engine_config(values, ENVIRONMENT, CPU).steps
+    assert steps.decode_buckets == (2, 4, 32)
+
+
+def test_without_settings_a_cpu_has_what_the_configuration_says() -> None:
+    config = engine_config({}, ENVIRONMENT, CPU)
+    assert config.model == ModelSource()
+    assert config.scheduler == SchedulerConfig()
+    assert config.kv == KVConfig()
+    assert config.steps == replace(StepConfig(), decode_buckets=(1, 8, 32))
+    assert config.adapters == AdapterConfig(disk_dir=Path("/c/jlorax/adapters"))
+
+
+def test_without_settings_a_gpu_has_its_own() -> None:
+    config = engine_config({}, ENVIRONMENT, H100)
+    assert config.model.dtype == "bfloat16"
+    assert config.scheduler.max_batch == 256
+    assert config.steps.decode_buckets == (1, 8, 16, 32, 64, 128, 256)
+    assert config.steps.extend_buckets == (512, 2048, 8192)
+    assert (config.kv.cache_bytes, config.kv.device_bytes) == (None, H100.memory_bytes)
+    assert (config.adapters.bank_bytes, config.adapters.host_cache_bytes) == (4 << 30, 8 << 30)
+
+
+def test_a_setting_that_is_named_wins_on_a_gpu() -> None:
+    argv = ["--dtype=float32", "--max-batch=8", "--max-queued=9"]
+    sizes = ["--adapter-bank-bytes=1MiB", "--host-cache-bytes=2MiB", "--kv-cache-bytes=3MiB"]
+    config = engine_config(read_settings(flags(*argv, *sizes), {}), ENVIRONMENT, H100)
+    assert config.model.dtype == "float32"
+    assert (config.scheduler.max_batch, config.scheduler.max_queued) == (8, 9)
+    assert config.adapters.bank_bytes == 1 << 20
+    assert config.adapters.host_cache_bytes == 2 << 20
+    assert config.kv.cache_bytes == 3 << 20
+
+
+def test_the_help_names_both_defaults() -> None:
+    texts = {setting.key: setting.help for setting in SETTINGS}
+    assert "(32; on a GPU 256)" in texts["max_batch"]
+    assert "(float32; on a GPU bfloat16)" in texts["dtype"]
+    assert "(256MiB; on a GPU 4GiB)" in texts["adapter_bank_bytes"]
+    assert "(1,8,32; on a GPU 1,8,16,32,64,128,256)" in texts["buckets"]
