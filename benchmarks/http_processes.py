@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -40,7 +39,6 @@ class _Process:
                 cwd=_REPOSITORY,
                 stderr=errors,
                 text=True,
-                env={**os.environ, "PYTHONPATH": str(_REPOSITORY)},
                 **pipes,
             )
 
