@@ -1,4 +1,4 @@
-"""One engine over one tiny model with all its adapters, which answers with logits."""
+"""One engine over one tiny model with all its adapters; every log-probability passes its door."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -37,10 +35,10 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """tokens [n], and the logits before each: f32[n, V], or [n, 0] when nobody asked."""
+    """tokens [n], and log-probabilities before each: [n, V], or [n, 0] when nobody asked."""
 
     tokens: tuple[int, ...]
-    logits: np.ndarray
+    logprobs: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,18 @@ class Rig:
     base: Any
     folders: dict[str, Path]
 
-    def answer(self, asks: list[Ask], num_tokens: int, *, logits: bool) -> list[Answer]:
+    def answer(self, asks: list[Ask], num_tokens: int, *, logprobs: bool) -> list[Answer]:
         """All of them at once, in the batches that the engine makes of them."""
 
         async def together() -> list[Answer]:
-            return list(await asyncio.gather(*(self._one(ask, num_tokens, logits) for ask in asks)))
+            return list(
+                await asyncio.gather(*(self._one(ask, num_tokens, logprobs) for ask in asks))
+            )
 
         return self.runner.run(together())
 
-    async def _one(self, ask: Ask, num_tokens: int, logits: bool) -> Answer:
-        width = VOCAB_SIZE if logits else 0
+    async def _one(self, ask: Ask, num_tokens: int, logprobs: bool) -> Answer:
+        width = VOCAB_SIZE if logprobs else 0
         request = GenerateRequest(
             ask.prompt,
             adapter_id=ask.adapter,
@@ -68,8 +68,10 @@ class Rig:
             num_top_logprobs=width,
         )
         tokens = [event.token async for event in self.engine.generate(request)]
-        rows = [[a.logprob for a in token.alternatives] for token in tokens]
-        return Answer(tuple(t.id for t in tokens), np.array(rows).reshape(len(rows), width))
+        rows = np.zeros((len(tokens), width))
+        for row, token in zip(rows, tokens, strict=True):
+            row[[a.id for a in token.alternatives]] = [a.logprob for a in token.alternatives]
+        return Answer(tuple(t.id for t in tokens), rows)
 
     def truth(self, ask: Ask, tokens: tuple[int, ...]) -> np.ndarray:
         """PEFT's logits before each of ``tokens``, which follow the prompt: f32[n, V].
@@ -99,15 +101,9 @@ def open_rig(family: Family, folder: Path) -> Iterator[Rig]:
     )
     with asyncio.Runner() as runner:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sampling, "alternatives", every_logit)
+            patch.setattr(sampling, "NUM_ALTERNATIVES", VOCAB_SIZE)
             engine = runner.run(opening.__aenter__())
         try:
             yield Rig(engine, runner, base, folders)
         finally:
             runner.run(engine.stop())
-
-
-def every_logit(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """In place of the 20 best log-probabilities: the logits themselves, of the whole vocabulary."""
-    ids = jnp.broadcast_to(jnp.arange(logits.shape[-1], dtype=jnp.int32), logits.shape)
-    return ids, logits

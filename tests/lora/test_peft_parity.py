@@ -47,8 +47,8 @@ def test_alone(rigs: dict[str, Rig], family: str, case: str) -> None:
     rig = rigs[family]
     ask = Ask(case, prompt(_PROMPT_TOKENS))
     _check_moves(rig, ask)
-    _check_logits(rig, ask, rig.answer([ask], _LOGIT_TOKENS, logits=True)[0])
-    _check_greedy(rig, ask, rig.answer([ask], _GREEDY_TOKENS, logits=False)[0])
+    _check_logits(rig, ask, rig.answer([ask], _LOGIT_TOKENS, logprobs=True)[0])
+    _check_greedy(rig, ask, rig.answer([ask], _GREEDY_TOKENS, logprobs=False)[0])
 
 
 @pytest.mark.parametrize(("family", "group"), _GROUPS, ids=lambda value: str(value)[:30])
@@ -59,9 +59,9 @@ def test_sixteen_rows_over_eight_adapters_and_the_base(
     compiled = rig.engine.stats().executables_compiled_after_ready  # counts the whole process
     names = islice(cycle([*group, None]), MAX_BATCH)
     asks = [Ask(name, prompt(9 + 3 * i, seed=i)) for i, name in enumerate(names)]
-    for ask, answer in zip(asks, rig.answer(asks, _LOGIT_TOKENS, logits=True), strict=True):
+    for ask, answer in zip(asks, rig.answer(asks, _LOGIT_TOKENS, logprobs=True), strict=True):
         _check_logits(rig, ask, answer)
-    for ask, answer in zip(asks, rig.answer(asks, _GREEDY_TOKENS, logits=False), strict=True):
+    for ask, answer in zip(asks, rig.answer(asks, _GREEDY_TOKENS, logprobs=False), strict=True):
         _check_greedy(rig, ask, answer)
     assert rig.engine.stats().executables_compiled_after_ready == compiled
 
@@ -75,7 +75,8 @@ def _check_moves(rig: Rig, ask: Ask) -> None:
 
 def _check_logits(rig: Rig, ask: Ask, answer: Answer) -> None:
     expected = rig.truth(ask, answer.tokens)
-    error = np.abs(answer.logits - expected).max()
+    logprobs = expected - np.logaddexp.reduce(expected, axis=-1, keepdims=True)
+    error = np.abs(answer.logprobs - logprobs).max()
     assert error <= _TOLERANCE * np.abs(expected).max(), (ask.adapter, error)
 
 

@@ -142,8 +142,8 @@ def _num_same_tokens(ours: Answer, theirs: Truth) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), len(theirs.tokens))
 
 
-def test_greedy_executables_and_preemption(cache_dir: Path) -> None:
-    """Without sampling, and with too few pages, so that answers are cut and computed anew.
+def test_preemption(cache_dir: Path) -> None:
+    """With too few pages, so that answers are cut and computed anew.
 
     Dynamic RoPE is the model to try it on: a recomputed key must get its own length again.
     """
