@@ -39,6 +39,7 @@ from servers.settings import size_bytes
 
 _WARM_UP_TOKENS = 2
 _PAGES_TO_SPARE = 8
+_BANK_ROOM = 2  # pools are cut in eighths of the bank
 _SAMPLED = SamplingParams(temperature=0.8, top_p=0.95, seed=0)
 _ATTENTION = {"falcon": ("query_key_value", "dense")}
 
@@ -197,7 +198,7 @@ def engine_config(plan: Plan, model: Path, adapters: Sequence[Path]) -> EngineCo
         ),
         adapters=AdapterConfig(
             named=tuple((folder.name, folder) for folder in adapters),
-            bank_bytes=adapter_bytes * plan.num_slots,
+            bank_bytes=_BANK_ROOM * adapter_bytes * plan.num_slots,
             max_slots=max(1, plan.num_slots),
             max_rank=rank,
             host_cache_bytes=2 * adapter_bytes * len(adapters),

@@ -34,9 +34,10 @@ from jlorax.layout import (
     packed_extend_shape,
 )
 from jlorax.metrics import Metrics
-from jlorax.models.config import ModelConfig, read_config
+from jlorax.models.config import ModelConfig
 from jlorax.models.embedded import EMBEDDED_MODEL_ID, ensure_embedded_model
 from jlorax.models.gguf import prepared_folder
+from jlorax.models.kept import kept_config
 from jlorax.models.weights import BaseModel, dummy_model, load_model, weight_bytes
 from jlorax.scheduling.policy import Policy, PolicyConfig
 from jlorax.tokenizer import Tokenizer
@@ -87,7 +88,7 @@ class MemoryPlan:
 def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
     """Loads everything. Raises ConfigError or ModelInvalid with the reason."""
     folder, model_id = find_model(config, progress)
-    model_config = read_config(folder)
+    model_config = kept_config(folder, config.executable_dir)
     registry = build_registry(config, model_id)
     layout = bank_layout(config, model_config)
     plan = plan_memory(config, model_config, registry, layout)

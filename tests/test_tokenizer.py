@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -366,3 +368,14 @@ def stopped(text: str, stops: list[str], include: bool) -> tuple[str, str | None
             longest = max(hits, key=len)
             return text[: end if include else end - len(longest)], longest
     return text, None
+
+
+def test_a_long_text_leaves_the_interpreter_to_others(bpe: Tokenizer) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        job = threads.submit(bpe.encode, "many words of a long text " * 20_000)
+        turns = 0
+        while not job.done():
+            time.sleep(0.001)
+            turns += 1
+    assert len(job.result()) > 100_000
+    assert turns > 20

@@ -12,7 +12,6 @@ from jlorax.layout import (
     SlotWrite,
     WriteLayout,
     pages_field,
-    rank_pages,
 )
 
 
@@ -42,14 +41,33 @@ def share_bank(
     """Pages per pool, the zero page included, for a bank of about ``bank_bytes``.
 
     Pools are sized by what adapters ask of them: those known at the start, else all projections
-    at one rank. Every pool holds at least one page, so that no target is shut out for good.
+    at one rank. In eighths of the bank: executables are compiled for pools of a size, and one more
+    adapter seldom is a reason to compile anew. Every pool holds what the largest adapter needs of
+    it, so that one that comes later is never shut out for good.
     """
     demand = dict.fromkeys(layout.pools, 0)
-    everything = {p.name: layout.max_rank for p in layout.projections}
-    for ranks in known_ranks or [everything]:
+    for ranks in known_ranks or [{p.name: layout.max_rank for p in layout.projections}]:
         for pool, count in layout.pages_needed(ranks).items():
-            demand[pool] += count
-    floor = {pool: rank_pages(layout.max_rank) if demand[pool] == 0 else 1 for pool in demand}
-    unit = sum(layout.page_bytes(pool) * count for pool, count in demand.items())
-    turns = bank_bytes / unit
-    return {pool: 1 + max(floor[pool], int(count * turns)) for pool, count in demand.items()}
+            demand[pool] += count * layout.page_bytes(pool)
+    shares = _eighths(demand)
+    return {
+        pool: 1
+        + max(
+            layout.most_pages[pool], bank_bytes * shares[pool] // (_PARTS * layout.page_bytes(pool))
+        )
+        for pool in layout.pools
+    }
+
+
+_PARTS = 8
+
+
+def _eighths(demand: Mapping[PoolKey, int]) -> dict[PoolKey, int]:
+    """Proportional, eight in all: rounded down, then the largest remainders get what is left."""
+    total = sum(demand.values())
+    shares = {pool: _PARTS * wanted // total for pool, wanted in demand.items()}
+    left = _PARTS - sum(shares.values())
+    by_remainder = sorted(demand, key=lambda pool: _PARTS * demand[pool] % total, reverse=True)
+    for pool in by_remainder[:left]:
+        shares[pool] += 1
+    return shares

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import platform
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
@@ -22,6 +20,7 @@ from typing import Any
 import jax
 from jax.experimental import serialize_executable
 
+from jlorax.models.kept import keep, load_kept
 from jlorax.types import Progress, no_progress
 
 _SOURCES = ("models", "device", "layout.py", "../pallas_kernels")
@@ -115,24 +114,18 @@ class ExecutableStore:
 
 
 def _load(path: Path) -> Any | None:
+    stored = load_kept(path)
     try:
-        with path.open("rb") as file:
-            return serialize_executable.deserialize_and_load(*pickle.load(file))
-    except FileNotFoundError:
-        return None
-    except Exception:  # a torn or foreign file: the executable is made again
+        return None if stored is None else serialize_executable.deserialize_and_load(*stored)
+    except Exception:  # a foreign file: the executable is made again
         return None
 
 
 def _save(path: Path, compiled: Any) -> None:
     try:
-        content = pickle.dumps(serialize_executable.serialize(compiled))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
-    except (OSError, ValueError, RuntimeError, pickle.PickleError):
-        return  # no room, or this backend cannot: the next start compiles again
+        keep(path, serialize_executable.serialize(compiled))
+    except (ValueError, RuntimeError, NotImplementedError):
+        return  # this backend cannot: the next start compiles again
 
 
 def _environment() -> str:

@@ -158,7 +158,30 @@ def _parse(raw: dict[str, Any], origin: str) -> ModelConfig:
         method = raw["quantization_config"].get("quant_method", "unnamed")
         raise UnsupportedModel(f"{origin}: quantised weights ({method}) are not supported")
     mapping = import_transformers("CONFIG_MAPPING")
-    return _READERS[model_type](mapping[model_type].from_dict(raw), origin)
+    config = mapping[model_type].from_dict(raw)
+    _check_sizes(config)
+    return _READERS[model_type](config, origin)
+
+
+_MOST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 16,
+}
+_EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
+
+
+def _check_sizes(config: Any) -> None:
+    """Against what would compute for hours before it failed, or nonsense."""
+    for name, most in _MOST.items():
+        value = getattr(config, name)
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} is {value}; it must be from 1 to {most}")
+    for name in _EPSILONS:
+        value = getattr(config, name, 1e-5)
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
 
 
 def _read_llama(config: Any, origin: str) -> LlamaConfig:
@@ -214,9 +237,8 @@ KNOWN_ARCHITECTURES = tuple(sorted(_READERS))
 
 
 def _shape(config: Any, num_kv_heads: int, head_dim: int) -> ModelShape:
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
+    if num_kv_heads < 1:
+        raise ValueError(f"the number of kv heads is {num_kv_heads}; it must be at least 1")
     if config.num_attention_heads % num_kv_heads:
         raise ValueError(
             f"{config.num_attention_heads} heads cannot be shared by {num_kv_heads} kv heads"

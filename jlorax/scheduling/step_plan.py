@@ -171,6 +171,8 @@ class PlanBuilder:
             views["out_slots"][:n] = slots
         for name in SAMPLING_FLOATS:
             views[name][:n] = [getattr(s.sampling, name) for s in sequences]
+        for name in ("top_p", "typical_p"):  # a device takes what is smaller for 0, which is off
+            np.maximum(views[name], np.finfo(np.float32).tiny, out=views[name])
         views["top_k"][:n] = [s.sampling.top_k for s in sequences]
         views["num_alternatives"][:n] = [s.num_alternatives for s in sequences]
         views["seeds"][:n, 0] = [s.seed >> 32 for s in sequences]

@@ -86,10 +86,9 @@ def abstract(mesh: Mesh) -> Iterator[None]:
     "shape",
     [
         decode_shape(8, lora=LoraReach.NONE, packed_slots=SLOTS),
-        decode_shape(8, packed_slots=SLOTS),
         packed_extend_shape(512, 8),
     ],
-    ids=["decode-base", "decode", "extend"],
+    ids=["decode-base", "extend"],
 )
 def test_step_compiles_and_updates_the_pool_in_place(
     h100: Mesh, raw: dict[str, Any], shape: StepShape

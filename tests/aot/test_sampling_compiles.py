@@ -71,8 +71,9 @@ def compiled(h100: Mesh, function: Callable[..., Any], arguments: Any, *donated:
         return jax.jit(function, donate_argnums=donated).lower(*described).compile()
 
 
-@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-@pytest.mark.parametrize("rows", [1, 64, 256])
+@pytest.mark.parametrize(
+    ("rows", "vocab_size"), [(1, 32000), (256, 32000), *((64, size) for size in VOCAB_SIZES)]
+)
 def test_the_kernel_is_one_launch_beside_its_parameters(
     h100: Mesh, rows: int, vocab_size: int
 ) -> None:
@@ -97,10 +98,10 @@ def test_the_kernel_is_one_launch_beside_its_parameters(
 @pytest.mark.parametrize(
     "shape",
     [
-        *(decode_shape(b, packed_slots=SLOTS) for b in (1, 64, 256)),
+        *(decode_shape(b, packed_slots=SLOTS) for b in (1, 256)),
         packed_extend_shape(512, 8),
     ],
-    ids=["decode-1", "decode-64", "decode-256", "extend"],
+    ids=["decode-1", "decode-256", "extend"],
 )
 def test_a_step_that_samples_never_asks_the_host(h100: Mesh, shape: StepShape) -> None:
     config = parse_config(LLAMA_2_7B, "test")

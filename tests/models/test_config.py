@@ -192,3 +192,19 @@ def test_broken_json(tmp_path: Path, content: bytes) -> None:
 def test_reads_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert read_config(tmp_path) == llama()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 0),
+        ("num_attention_heads", 0),
+        ("vocab_size", -1),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", -1e-5),
+    ],
+)
+def test_a_size_that_no_model_has_is_refused_by_name(key: str, value: float) -> None:
+    with pytest.raises(ModelInvalid, match=key):
+        parse_config(LLAMA | {key: value}, "config.json")

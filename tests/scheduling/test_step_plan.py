@@ -87,6 +87,13 @@ def test_sampling_parameters_and_a_seed_of_64_bits() -> None:
     assert v["seeds"][0].tolist() == [0xFEDCBA98, 0x87654321]
 
 
+def test_a_mass_too_small_for_a_device_is_not_taken_for_off() -> None:
+    seq = sequence((1, 2), sampling=SamplingParams(temperature=1.0, top_p=1e-300, typical_p=1e-40))
+    seq.row = 1
+    v = views(builder().extend(StepShape(8, 4, 2), [Chunk(seq, 0, 2, 0, True)]))
+    assert v["top_p"][0] == v["typical_p"][0] == np.finfo(np.float32).tiny
+
+
 def test_the_smallest_shape_that_holds_the_tokens() -> None:
     decode = tuple(s for s in shapes() if s.tile == 1)
     assert smallest(decode, 1) == StepShape(1, 1, 1)
