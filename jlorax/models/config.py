@@ -158,9 +158,8 @@ def _parse(raw: dict[str, Any], origin: str) -> ModelConfig:
         method = raw["quantization_config"].get("quant_method", "unnamed")
         raise UnsupportedModel(f"{origin}: quantised weights ({method}) are not supported")
     mapping = import_transformers("CONFIG_MAPPING")
-    config = mapping[model_type].from_dict(raw)
-    _check_sizes(config)
-    return _READERS[model_type](config, origin)
+    _check_sizes(raw)
+    return _READERS[model_type](mapping[model_type].from_dict(raw), origin)
 
 
 _MOST = {
@@ -172,14 +171,14 @@ _MOST = {
 _EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
 
 
-def _check_sizes(config: Any) -> None:
-    """Against what would compute for hours before it failed, or nonsense."""
+def _check_sizes(raw: dict[str, Any]) -> None:
+    """Of what is given: nonsense is named here, before anything computes with it for hours."""
     for name, most in _MOST.items():
-        value = getattr(config, name)
+        value = raw.get(name, 1)
         if not 1 <= value <= most:
             raise ValueError(f"{name} is {value}; it must be from 1 to {most}")
     for name in _EPSILONS:
-        value = getattr(config, name, 1e-5)
+        value = raw.get(name, 1e-5)
         if not 0 <= value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 0 and below 1")
 
