@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
     adapter_id: str | None
     adapter_source: str | None
     max_new_tokens: int | None
-    stop: Sequence[str]
+    stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
     include_stop_text: bool
@@ -70,8 +70,9 @@ def _request(prompt: Prompt, options: Options) -> GenerateRequest:
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
     sampling = {name: given.pop(name) for name in _SAMPLING & given.keys()}
-    for name in ("stop", "stop_token_ids"):
-        given[name] = tuple(given.get(name, ()))
+    stop = given.get("stop", ())
+    given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    given["stop_token_ids"] = tuple(given.get("stop_token_ids", ()))
     return GenerateRequest(
         prompt=prompt if isinstance(prompt, str) else tuple(prompt),
         sampling=SamplingParams(**sampling),

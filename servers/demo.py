@@ -124,4 +124,6 @@ def _say_what_next(server: ServerConfig) -> None:
         f'-d \'{{"model": "{name}", "messages": '
         f'[{{"role": "user", "content": "Hello!"}}]}}\'',
         highlight=False,
+        markup=False,
+        soft_wrap=True,  # a hard-wrapped command cannot be pasted
     )

@@ -14,6 +14,7 @@ from jlorax import errors
 from jlorax.errors import JLoraxError
 from jlorax.wire.failures import render_native_error, render_openai_error
 from jlorax.wire.strict_json import MalformedBody
+from servers.hosts import ForeignHost
 from servers.serving import NOTES, BodyTimeout, NotJson, RequestNotes, json_response
 
 log = logging.getLogger("jlorax.http")
@@ -26,6 +27,7 @@ _TABLE: tuple[tuple[type[JLoraxError], tuple[int, str], tuple[int, str]], ...] =
     (MalformedBody, (400, "bad_request"), (400, "invalid_request_error")),
     (NotJson, (415, "unsupported_media_type"), (415, "invalid_request_error")),
     (BodyTimeout, (408, "request_timeout"), (408, "invalid_request_error")),
+    (ForeignHost, (403, "forbidden"), (403, "invalid_request_error")),
     (errors.InvalidRequest, (422, "validation"), (400, "invalid_request_error")),
     (errors.AdapterNotFound, (404, "adapter_not_found"), (404, "invalid_request_error")),
     (errors.AdapterInvalid, (422, "adapter_invalid"), (422, "invalid_request_error")),

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import logging
 import signal
-from contextlib import suppress
 
 from aiohttp import web
 
@@ -14,11 +13,13 @@ from jlorax.config import ServerConfig
 from jlorax.errors import ConfigError
 from servers import native, openai
 from servers.failures import answer_errors
+from servers.hosts import refuse_foreign
 from servers.serving import CONFIG, ENGINE, SSE_COMMENT, SSE_COMMENT_S, ServedEngine
 
 log = logging.getLogger("jlorax.http")
 
 CLOSE_DEADLINE_S = 2.0
+_CUT_OFF_S = 0.1  # for each running handler to end, when nobody wants to wait
 _BACKLOG = 1024  # connections that come at once; one that finds no room tries again after a second
 LINGER_S = 1.0  # what a refused body may still send, so that its sender reads the refusal
 
@@ -27,7 +28,9 @@ def create_app(
     engine: ServedEngine, config: ServerConfig, sse_comment_s: float = SSE_COMMENT_S
 ) -> web.Application:
     """The routes over an engine that somebody else opens and closes."""
-    app = web.Application(middlewares=[answer_errors], client_max_size=config.max_body_bytes)
+    app = web.Application(
+        middlewares=[answer_errors, refuse_foreign], client_max_size=config.max_body_bytes
+    )
     app[ENGINE] = engine
     app[CONFIG] = config
     app[SSE_COMMENT] = sse_comment_s
@@ -68,11 +71,14 @@ def create_runner(app: web.Application) -> web.AppRunner:
 async def run_server(
     app: web.Application, host: str, port: int, listening: asyncio.Event | None = None
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then drains and returns; ``listening`` is set when up."""
-    stop = asyncio.Event()
+    """Serves until SIGTERM or SIGINT, then drains and returns; ``listening`` is set when up.
+
+    A second signal ends the drain at once.
+    """
+    stop, cut_off = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, lambda: (cut_off if stop.is_set() else stop).set())
     runner = create_runner(app)
     await runner.setup()
     try:
@@ -81,7 +87,9 @@ async def run_server(
         if listening is not None:
             listening.set()
         await stop.wait()
-        await _drain(app[ENGINE], site, app[CONFIG].drain_s)
+        await site.stop()
+        if not await _drained(app[ENGINE], app[CONFIG].drain_s, cut_off):
+            await _cut_off(runner)
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
@@ -111,11 +119,23 @@ def _why_not(error: OSError, host: str, port: int) -> str:
     return f"cannot listen on {host} port {port}: {error.strerror or error}"
 
 
-async def _drain(engine: ServedEngine, site: web.TCPSite, deadline_s: float) -> None:
-    """No new connections; running requests may end; the rest is cut off at the deadline."""
+async def _drained(engine: ServedEngine, deadline_s: float, cut_off: asyncio.Event) -> bool:
+    """Waits until running requests have ended, or the deadline; False when told to cut them off."""
     log.info("draining: waiting up to %.0f s for running requests", deadline_s)
-    await site.stop()
-    with suppress(TimeoutError):
-        async with asyncio.timeout(deadline_s):
-            await engine.drain()
+    drain = asyncio.create_task(engine.drain())
+    told = asyncio.create_task(cut_off.wait())
+    try:
+        await asyncio.wait([drain, told], timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
+        if drain.done():
+            drain.result()
             log.info("drained")
+        return drain.done() or not told.done()
+    finally:
+        drain.cancel()
+        told.cancel()
+
+
+async def _cut_off(runner: web.AppRunner) -> None:
+    log.warning("a second signal: running requests are cut off")
+    assert runner.server is not None
+    await runner.server.shutdown(_CUT_OFF_S)

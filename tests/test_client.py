@@ -68,6 +68,16 @@ async def test_every_option_reaches_the_engine() -> None:
 
 
 @in_loop
+async def test_a_string_is_one_stop() -> None:
+    async with serving() as server, jlorax.AsyncClient(server.url) as client:
+        await client.generate("hi", stop="ab")
+        with jlorax.Client(server.url) as blocking:
+            await asyncio.to_thread(blocking.generate, "hi", stop="ab")
+            await asyncio.to_thread(lambda: list(blocking.stream_chat(MESSAGES, stop="ab")))
+        assert [request.stop for request in server.engine.seen] == [("ab",)] * 3
+
+
+@in_loop
 async def test_stream_gives_events_and_the_whole_result() -> None:
     async with serving() as server, jlorax.AsyncClient(server.url) as client:
         events = [event async for event in client.stream("hi")]

@@ -83,6 +83,40 @@ def test_good_bodies_are_read_as_they_are() -> None:
 
 # Ranges: (parser, field, bad values).
 
+BAD_ANYWHERE: dict[str, list[Any]] = {
+    "adapter_parameters": [{"ids": ["a"]}],
+    "allowed_token_ids": [[1]],
+    "bad_words": [["x"]],
+    "guided_choice": [["a", "b"]],
+    "guided_grammar": ["root ::= x"],
+    "guided_json": [{}, {"type": "object"}],
+    "guided_regex": ["a+"],
+    "length_penalty": [0.5, 2],
+    "logit_bias": [{"5": 1}, {str(i): 1 for i in range(10**5)}, [1]],
+    "logits_processors": [["x"]],
+    "merged_adapters": [{"ids": ["a"]}],
+    "min_tokens": [5],
+    "structured_outputs": [{"regex": "a"}],
+    "use_beam_search": [True],
+    "watermark": [True],
+}
+HARMLESS_ANYWHERE: dict[str, Any] = {
+    "adapter_parameters": {},
+    "allowed_token_ids": [],
+    "bad_words": [],
+    "best_of": 1,
+    "guided_choice": [],
+    "guided_grammar": "",
+    "guided_regex": "",
+    "length_penalty": 1.0,
+    "logit_bias": {},
+    "logits_processors": [],
+    "min_tokens": 0,
+    "response_format": {},
+    "structured_outputs": {},
+    "use_beam_search": False,
+    "watermark": False,
+}
 BAD_NATIVE: dict[str, list[Any]] = {
     "temperature": [-1, -0.1, 1e308, "hot", True, []],
     "top_k": [0, -5, 2**40, 1.5],
@@ -98,14 +132,18 @@ BAD_NATIVE: dict[str, list[Any]] = {
     "stop_token_ids": [[1000], [-1], [1.5], [True], "1"],
     "truncate": [0],
     "return_k_alternatives": [0, 21],
-    "best_of": [2, 10**6, 0, True],
-    "watermark": [True],
+    "best_of": [2, 10**6, 0, -1, "2", True],
     "adapter_source": [3],
     "details": ["yes", 1],
     "do_sample": ["true"],
-    "response_format": [{"type": "json_object"}, {"type": "json_schema", "schema": {}}, "text"],
-    "merged_adapters": [{"ids": ["a"]}],
-}
+    "response_format": [
+        {"type": "json_object"}, {"type": "json_schema", "schema": {}}, "text", {"schema": {}},
+        {"type": "text", "schema": {}}, {"regex": "a"},
+    ],
+    "grammar": [{"type": "json", "value": {}}, "a"],
+    "top_n_tokens": [5],
+    **BAD_ANYWHERE,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "bad"), [(k, v) for k, vs in BAD_NATIVE.items() for v in vs])
@@ -116,16 +154,33 @@ def test_native_refuses_by_name(name: str, bad: object) -> None:
     assert len(str(caught.value)) < 300  # a huge value is not repeated
 
 
+BAD_V1: dict[str, list[Any]] = {
+    **BAD_ANYWHERE,
+    "best_of": [2, 0, -1, "2"],
+    "functions": [[{"name": "f"}]],
+    "function_call": [{"name": "f"}],
+    "include_stop_str_in_output": [True],
+    "prompt_logprobs": [1],
+    "response_format": [
+        {"type": "json_object"},
+        {"type": "json_schema"},
+        {"schema": {}},
+        {"json_schema": {"schema": {}}},
+        {"type": "text", "json_schema": {}},
+    ],
+    "skip_special_tokens": [False],
+    "suffix": ["x"],
+    "tool_choice": ["required", {"type": "function"}],
+    "tools": [[{"type": "function"}]],
+    "truncate_prompt_tokens": [5, -1],
+}
 BAD_COMPLETION: dict[str, list[Any]] = {
     "n": [0, -1, 10**9, 9, 1.5, "2", True],
-    "best_of": [2],
     "max_tokens": [0, -1, 2**31],
     "logprobs": [-1, 21, 10**6, True],
-    "logit_bias": [{"5": 1}, {str(i): 1 for i in range(10**5)}, [1]],
+    "add_special_tokens": [1],
     "stream": ["yes", 1],
     "stream_options": [{"include_usage": True}, {}],
-    "suffix": ["x"],
-    "min_tokens": [5],
     "temperature": [-1, 1e308],
     "top_k": [-5, 2**40],
     "prompt": [
@@ -134,7 +189,7 @@ BAD_COMPLETION: dict[str, list[Any]] = {
     ],
     "user": ["x" * 5000, 1],
     "metadata": [{str(i): "x" for i in range(10_000)}],
-    "response_format": [{"type": "json_object"}],
+    **BAD_V1,
 }  # fmt: skip
 
 
@@ -166,11 +221,15 @@ BAD_CHAT: dict[str, list[Any]] = {
     ],
     "top_logprobs": [3, 21, -1],
     "logprobs": [1],
-    "tools": [[{"type": "function"}]],
-    "tool_choice": ["required", {"type": "function"}],
-    "response_format": [{"type": "json_schema"}],
+    **BAD_V1,
     "max_completion_tokens": [0],
     "guideline": ["x"],
+    "reasoning_effort": ["high"],
+    "add_special_tokens": [True],
+    "add_generation_prompt": [False],
+    "continue_final_message": [True],
+    "chat_template_kwargs": [{"enable_thinking": True}],
+    "documents": [[{"text": "x"}]],
 }
 
 
@@ -180,6 +239,29 @@ def test_chat_refuses_by_name(name: str, bad: object) -> None:
         chat(**{name: bad})
     assert name in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("parse", [lambda v: native({"best_of": v}), lambda v: chat(best_of=v)])
+def test_a_best_of_that_means_nothing_is_out_of_range(parse: Any) -> None:
+    for bad in (0, -1):
+        with pytest.raises(InvalidParameter, match=f"must be between 1 and .* Given: {bad}"):
+            parse(bad)
+    with pytest.raises(InvalidParameter, match="must be an integer, not a string"):
+        parse("2")
+    with pytest.raises(InvalidParameter, match="does not support"):
+        parse(2)
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [{"adapter_id": "sql"}, {"max_new_tokens": 5}, {"temperature": 0}, {"stop": "x"}],
+)
+def test_a_parameter_beside_parameters_is_told_its_place(outer: dict[str, Any]) -> None:
+    (name,) = outer
+    with pytest.raises(InvalidParameter, match=f"`{name}` belongs inside `parameters`"):
+        native({"seed": 1}, **outer)
+    assert native(None, **{name: None}) == native()
+    assert native(None, adapter_id="", do_sample=False, stop=[]) == native()
 
 
 def test_the_numbers_are_in_the_message() -> None:
@@ -206,8 +288,33 @@ def test_unknown_and_harmless_fields_change_nothing() -> None:
     call = parse_completion({"model": "", "prompt": "hi", "user": "u", "zzz": 1}, LIMITS)
     assert call.requests[0] == completion()
     assert call.unknown_fields == ("zzz",)
-    harmless = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "n": 1}
+    harmless = {"tools": [], "tool_choice": "auto", "n": 1}
+    text = {"type": "text", "schema": None}
+    assert native({"response_format": text}) == native()
+    assert completion(response_format=text) == completion()
     assert chat(**harmless, logit_bias={}, metadata={"a": "b"}).requests == chat().requests
+    v1 = HARMLESS_ANYWHERE | {
+        "functions": [],
+        "include_stop_str_in_output": False,
+        "skip_special_tokens": True,
+        "suffix": "",
+    }
+    of_chat = {
+        "add_special_tokens": False,
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "chat_template_kwargs": {},
+        "documents": [],
+    }
+    assert native(HARMLESS_ANYWHERE) == native()
+    assert completion(**harmless, **v1) == completion()
+    assert chat(**harmless, **v1, **of_chat).requests == chat().requests
+
+
+def test_completions_may_leave_out_the_special_tokens() -> None:
+    assert completion(add_special_tokens=True) == completion()
+    assert not completion(add_special_tokens=False).add_special_tokens
+    assert completion(prompt=[1], add_special_tokens=True) == completion(prompt=[1])
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,10 @@ class Fields:
         self._asked.add(name)
         return self._values.get(name)
 
+    def known(self) -> tuple[str, ...]:
+        """Every name that was asked for, given or not."""
+        return tuple(sorted(self._asked))
+
     def unknown(self) -> tuple[str, ...]:
         return tuple(sorted(set(self._values) - self._asked))
 

@@ -36,6 +36,7 @@ from jlorax.wire.call import (
 )
 from jlorax.wire.fields import INT32_MAX, Fields, checked_token_ids
 from jlorax.wire.strict_json import finite, kind_of
+from jlorax.wire.unsupported import refuse_best_of, refuse_format, refuse_unsupported
 
 
 def parse_native(body: Mapping[str, Any], limits: Limits, stream: bool | None = None) -> Call:
@@ -47,7 +48,16 @@ def parse_native(body: Mapping[str, Any], limits: Limits, stream: bool | None = 
     call = _parse_inputs(outer, _parse_parameters(parameters, limits, show), show, limits)
     if parameters.flag("apply_chat_template"):
         call = _as_chat(call)
+    _refuse_misplaced(outer, parameters)
     return replace(call, unknown_fields=outer.unknown() + parameters.unknown())
+
+
+def _refuse_misplaced(outer: Fields, parameters: Fields) -> None:
+    """A parameter beside `parameters` would do nothing, and nobody would notice."""
+    for name in parameters.known():
+        value = outer.get(name)
+        if value is not False and value not in (None, "", [], {}):
+            raise outer.wrong(name, f'belongs inside `parameters`: {{"{name}": ...}}')
 
 
 def parse_tokenize(body: Mapping[str, Any]) -> tuple[str, bool]:
@@ -98,12 +108,11 @@ def _refuse_unsupported(fields: Fields) -> None:
             "merged_adapters",
             "excludes `adapter_id`: at most one of `adapter_id` or `adapters` may be provided",
         )
-    fields.refuse("merged_adapters")
-    fields.refuse("watermark", False)
-    fields.refuse("best_of", 1)
-    response_format = fields.mapping("response_format")
-    if response_format is not None:
-        Fields(response_format, prefix="response_format.").refuse("type", "text", "Text")
+    refuse_unsupported(fields)
+    refuse_best_of(fields)
+    refuse_format(fields, "text", "Text")
+    fields.refuse("grammar")
+    fields.refuse("top_n_tokens", 0)
     fields.text("api_token")  # for private hubs: local adapters need none
 
 

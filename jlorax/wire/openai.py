@@ -26,6 +26,12 @@ from jlorax.wire.call import (
 )
 from jlorax.wire.fields import INT32_MAX, Fields, checked_token_ids
 from jlorax.wire.strict_json import finite, kind_of
+from jlorax.wire.unsupported import (
+    refuse_best_of,
+    refuse_format,
+    refuse_tools,
+    refuse_unsupported,
+)
 
 Prompt = str | tuple[int, ...]
 TokenText = Callable[[int], str]
@@ -44,10 +50,10 @@ def parse_completion(body: Mapping[str, Any], limits: Limits) -> Call:
     show = _parse_presentation(fields, logprobs=top_logprobs is not None)
     request = _parse_request(fields, model, limits, top_logprobs or 0)
     request = replace(request, prompt_logprobs=show.echo and show.logprobs)
-    fields.refuse("suffix", "")
-    fields.refuse("best_of", 1)
     prompts = _parse_prompts(fields, limits)
-    return _call(fields, _over(prompts, request), len(prompts), show, model, limits)
+    special = fields.flag("add_special_tokens", default=True)
+    requests = _over(prompts, request, special)
+    return _call(fields, requests, len(prompts), show, model, limits)
 
 
 def parse_chat(body: Mapping[str, Any], limits: Limits) -> Call:
@@ -90,7 +96,7 @@ def _parse_presentation(fields: Fields, logprobs: bool) -> Presentation:
 def _parse_request(
     fields: Fields, model: str, limits: Limits, num_top_logprobs: int
 ) -> GenerateRequest:
-    _refuse_unsupported(fields)
+    _refuse(fields)
     adapter_id = parse_adapter_id(model, limits)
     return GenerateRequest(
         prompt="",
@@ -115,21 +121,17 @@ def _parse_max_tokens(fields: Fields) -> int | None:
     return old if new is None else new
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse(fields: Fields) -> None:
     """By name, never ignored; the values that ask for nothing pass."""
-    fields.refuse("logit_bias", {})
-    fields.refuse("min_tokens", 0)
-    fields.refuse("merged_adapters")
-    fields.refuse("adapter_parameters")
-    fields.refuse("watermark", False)
-    fields.refuse("use_beam_search", False)
+    refuse_unsupported(fields)
+    refuse_tools(fields)
+    refuse_best_of(fields)
+    refuse_format(fields, "text")
+    fields.refuse("suffix", "")
     fields.refuse("prompt_logprobs", 0)
-    for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
-        fields.refuse(name)
-    fields.refuse("structured_outputs")
-    response_format = fields.mapping("response_format")
-    if response_format is not None:
-        Fields(response_format, prefix="response_format.").refuse("type", "text")
+    fields.refuse("include_stop_str_in_output", False)
+    fields.refuse("truncate_prompt_tokens")
+    fields.refuse("skip_special_tokens", True)
     fields.text("user", max_chars=4096)
     metadata = fields.mapping("metadata")
     if metadata is not None and len(metadata) > 64:
@@ -138,11 +140,13 @@ def _refuse_unsupported(fields: Fields) -> None:
 
 
 def _refuse_chat(fields: Fields) -> None:
-    fields.refuse("tools", [])
-    fields.refuse("functions", [])
-    fields.refuse("tool_choice", "none", "auto")
-    fields.refuse("function_call", "none", "auto")
     fields.refuse("modalities", ["text"])
+    fields.refuse("reasoning_effort", "none")
+    fields.refuse("add_special_tokens", False)  # the template writes them
+    fields.refuse("add_generation_prompt", True)
+    fields.refuse("continue_final_message", False)
+    fields.refuse("chat_template_kwargs", {})
+    fields.refuse("documents", [])
     for name in ("audio", "guideline", "tool_prompt", "chat_template", "prediction"):
         fields.refuse(name)
     fields.refuse("echo", False)
@@ -177,9 +181,12 @@ def _parse_prompt(fields: Fields, first: object, item: object, limits: Limits) -
     return checked_token_ids(fields, "prompt", item, limits.vocab_size)
 
 
-def _over(prompts: Sequence[Prompt], request: GenerateRequest) -> tuple[GenerateRequest, ...]:
+def _over(
+    prompts: Sequence[Prompt], request: GenerateRequest, special: bool
+) -> tuple[GenerateRequest, ...]:
+    """``special``: whether text gets the tokenizer's special tokens; ids stay as they are."""
     return tuple(
-        replace(request, prompt=prompt, add_special_tokens=isinstance(prompt, str))
+        replace(request, prompt=prompt, add_special_tokens=special and isinstance(prompt, str))
         for prompt in prompts
     )
 

@@ -37,7 +37,7 @@ async def connect(server: Server, path: str, body: object) -> socket.socket:
     loop = asyncio.get_running_loop()
     sent = json.dumps(body).encode()
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(sent)}\r\n\r\n"
     )
     sock = socket.socket()
@@ -120,7 +120,7 @@ async def test_sigterm_drains_and_then_returns(monkeypatch: pytest.MonkeyPatch) 
     await listening.wait()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b'Content-Length: 15\r\nConnection: close\r\n\r\n{"inputs":"hi"}'
     )
     await until_open(engine, 1)
@@ -146,7 +146,7 @@ async def test_a_drain_ends_at_its_deadline_and_cuts_off_the_rest(
     running = asyncio.create_task(run_server(app, "127.0.0.1", port))
     reader, writer = await connected(port)
     writer.write(
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         b'Content-Length: 15\r\n\r\n{"inputs":"hi"}'
     )
     await until_open(engine, 1)
@@ -154,6 +154,33 @@ async def test_a_drain_ends_at_its_deadline_and_cuts_off_the_rest(
     await running
     assert engine.num_open == 0
     assert await reader.read() == b""
+    writer.close()
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@in_loop
+async def test_a_second_signal_ends_the_drain_at_once(
+    second: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else the drain would outlast the test's own deadline."""
+    engine = FakeEngine(gate=asyncio.Semaphore(0))
+    app = create_app(engine, ServerConfig(drain_s=3600))
+    port = free_port()
+    running = asyncio.create_task(run_server(app, "127.0.0.1", port))
+    reader, writer = await connected(port)
+    writer.write(
+        b"POST /generate_stream HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b'Content-Length: 15\r\n\r\n{"inputs":"hi"}'
+    )
+    await until_open(engine, 1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await engine.draining.wait()
+    assert engine.num_open == 1
+    os.kill(os.getpid(), second)
+    await running
+    assert engine.num_open == 0
+    assert "a second signal" in caplog.text
+    await reader.read()
     writer.close()
 
 

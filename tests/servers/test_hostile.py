@@ -21,7 +21,7 @@ def post(
 ) -> bytes:
     lines = [
         f"POST {path} HTTP/1.1",
-        "Host: x",
+        "Host: localhost",
         f"Content-Type: {kind}",
         f"Content-Length: {len(body)}",
         "Connection: close",
@@ -109,15 +109,14 @@ async def test_wrong_methods_and_unknown_paths() -> None:
     async with serving() as server:
         for path, family in (("/generate", str), ("/v1/completions", dict)):
             for method in ("GET", "PUT", "TRACE", "DELETE"):
-                answer = await server.raw(
-                    f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
-                )
+                head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                answer = await server.raw(head.encode())
                 assert status_of(answer) == 405
                 assert b"Allow: POST" in answer
                 assert isinstance(body_of(answer)["error"], family)
         for path in ("//v1/models", "/v1/../v1/models", "/v1/%2e%2e/x", "/V1/models", "/nope"):
             answer = await server.raw(
-                f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+                f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
             )
             assert status_of(answer) == 404
 
@@ -125,14 +124,15 @@ async def test_wrong_methods_and_unknown_paths() -> None:
 @pytest.mark.parametrize(
     "sent",
     [
-        b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 9216 + b"\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\n" + b"X: y\r\n" * 200 + b"\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -3\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Long: " + b"a" * 9216 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: xchunked\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -3\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
         b"GARBAGE\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\nConnection: close\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: y\r\nConnection: close\r\n\r\n",
     ],
 )
 @in_loop
@@ -160,8 +160,8 @@ async def test_impossible_adapter_ids_never_reach_the_engine() -> None:
                 await server.post("/v1/completions", {"model": name, "prompt": "hi"})
             ).status == 400
         for name in ("..%2F..%2Fetc", "%00", "a%0Ab"):
-            head = f"DELETE /v1/adapters/{name} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-            answer = await server.raw(head.encode())
+            head = f"DELETE /v1/adapters/{name} HTTP/1.1\r\nHost: localhost\r\n"
+            answer = await server.raw(f"{head}Connection: close\r\n\r\n".encode())
             assert status_of(answer) in (400, 404)
         assert server.engine.seen == []
 
