@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.kernels.protocol import READ_TB_PER_S, Built, Contestant, KernelCase
+from benchmarks.kernels.protocol import (
+    READ_TB_PER_S,
+    Built,
+    Contestant,
+    KernelCase,
+    Step,
+    layer_by_layer,
+)
 from benchmarks.kernels.results import OURS
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.decode_triton import paged_decode, paged_decode_fused
@@ -32,8 +39,6 @@ TABLE_WIDTH = 64  # 4096 positions
 JAX_PAGE_SIZE = 16  # what jax's kernel does best with
 LEAST_BYTES, FEWEST_LAYERS, MOST_LAYERS = 1 << 30, 4, 32  # of a chain: the L2 cache holds 50 MB
 FOUR_GIB = 1 << 32
-
-Step = Callable[[jax.Array, Any], jax.Array]  # (queries [B, H, h], a layer's operands) -> the same
 
 
 @dataclass(frozen=True)
@@ -114,13 +119,15 @@ def _compared(shape: Shape) -> KernelCase:
     def build() -> Built:
         q, pools = _queries(shape), _pools(shape)
         contestants = [
-            _contestant(OURS, _paged(shape), q, pools),
-            _contestant("xla, page by page", _page_by_page(shape), q, pools),
+            layer_by_layer(OURS, _paged(shape), q, pools),
+            layer_by_layer("xla, page by page", _page_by_page(shape), q, pools),
             *_jax_paged(shape, q, pools),
         ]
         layers = tuple(_contiguous(shape, pool) for pool in pools)
         for name in ("cudnn", "xla"):
-            contestants.append(_contestant(f"{name}, contiguous", _plain(shape, name), q, layers))
+            contestants.append(
+                layer_by_layer(f"{name}, contiguous", _plain(shape, name), q, layers)
+            )
         return Built(tuple(contestants), _wanted(shape, q, pools[0]))
 
     return KernelCase("paged_decode", str(shape), shape.floor_us, shape.target_us, build)
@@ -134,7 +141,7 @@ def _large_pool() -> KernelCase:
 
     def build() -> Built:
         q, pool = _queries(shape), _pool(shape, 0)
-        ours = _contestant(OURS, _paged(shape), q, (pool,))
+        ours = layer_by_layer(OURS, _paged(shape), q, (pool,))
         return Built((ours,), _wanted(shape, q, pool))
 
     name = f"{shape}, pool of 5 GiB"
@@ -149,7 +156,7 @@ def _swept(shape: Shape) -> KernelCase:
         q, pools = _queries(shape), _pools(shape)
         return Built(
             tuple(
-                _contestant(
+                layer_by_layer(
                     f"(H100, {group}, {shape.head_dim}, {streams}): {_code(tuning)}",
                     _paged(shape, tuning),
                     q,
@@ -208,7 +215,7 @@ def _jax_paged(shape: Shape, q: jax.Array, pools: tuple[jax.Array, ...]) -> list
         return out
 
     layers = tuple(_by_head(shape, pool) for pool in pools)
-    return [_contestant("jax paged_attention", step, q, layers)]
+    return [layer_by_layer("jax paged_attention", step, q, layers)]
 
 
 def _plain(shape: Shape, implementation: Any) -> Step:
@@ -226,19 +233,6 @@ def _plain(shape: Shape, implementation: Any) -> Step:
         )[:, 0]
 
     return step
-
-
-def _contestant(name: str, step: Step, q: jax.Array, layers: tuple[Any, ...]) -> Contestant:
-    one = jax.jit(step)  # traced and lowered once for all layers
-
-    def chain(q: jax.Array, layers: tuple[Any, ...]) -> jax.Array:
-        for layer in layers:
-            q = one(q, layer)
-        return q
-
-    return Contestant(
-        name, len(layers), chain, (q, layers), donate=(0,), once=lambda: one(q, layers[0])
-    )
 
 
 def _wanted(shape: Shape, q: jax.Array, pool: jax.Array) -> jax.Array:

@@ -12,7 +12,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,8 @@ from benchmarks.kernels.protocol import (
     Built,
     Contestant,
     KernelCase,
+    Step,
+    layer_by_layer,
 )
 from benchmarks.kernels.results import OURS
 from pallas_kernels.paged_attention import xla
@@ -41,8 +42,6 @@ MAX_CHUNKS = 64  # of a step: what an executable has room for
 VALUE_SCALE = 8.0
 NUM_LAYERS, FEW_LAYERS = 8, 2  # the plain walk over pages takes milliseconds
 FOUR_GIB = 1 << 32
-
-Step = Callable[[jax.Array, Any], jax.Array]  # (queries [T, H, h], a layer's operands) -> the same
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,11 @@ def sweep() -> list[KernelCase]:
 def _compared(shape: Shape) -> KernelCase:
     def build() -> Built:
         q, pools = _queries(shape), tuple(_pool(shape, layer) for layer in range(NUM_LAYERS))
-        tiles = _contestant("xla, page by page", _tiled(shape), q, pools[:FEW_LAYERS])
+        tiles = layer_by_layer("xla, page by page", _tiled(shape), q, pools[:FEW_LAYERS])
         contestants = [*_ours(shape, q, pools), tiles]
         if shape.past == 0:
             layers = tuple(_contiguous(shape, pool) for pool in pools)
-            contestants.append(_contestant("cuDNN", _cudnn(shape), q, layers))
+            contestants.append(layer_by_layer("cuDNN", _cudnn(shape), q, layers))
         return Built(tuple(contestants), _wanted(shape, q, pools[0]))
 
     return _case(shape, build)
@@ -150,7 +149,7 @@ def _large_pool() -> KernelCase:
 
     def build() -> Built:
         q, pool = _queries(shape), _pool(shape, 0)
-        ours = _contestant(OURS, _packed(shape, MAX_CHUNKS), q, (pool,))
+        ours = layer_by_layer(OURS, _packed(shape, MAX_CHUNKS), q, (pool,))
         return Built((ours,), _wanted(shape, q, pool))
 
     return _case(shape, build)
@@ -163,7 +162,7 @@ def _swept(shape: Shape) -> KernelCase:
         q, pools = _queries(shape), tuple(_pool(shape, layer) for layer in range(NUM_LAYERS // 2))
         return Built(
             tuple(
-                _contestant(
+                layer_by_layer(
                     f"{shape.heads.head_dim}: {_code(tuning)}",
                     _packed(shape, shape.chunks, tuning),
                     q,
@@ -188,8 +187,8 @@ def _case(shape: Shape, build: Callable[[], Built]) -> KernelCase:
 def _ours(shape: Shape, q: jax.Array, pools: tuple[jax.Array, ...]) -> list[Contestant]:
     """As a step calls it, with room for more chunks than there are, and without empty blocks."""
     return [
-        _contestant(OURS, _packed(shape, MAX_CHUNKS), q, pools),
-        _contestant(f"{OURS}, no empty blocks", _packed(shape, shape.chunks), q, pools),
+        layer_by_layer(OURS, _packed(shape, MAX_CHUNKS), q, pools),
+        layer_by_layer(f"{OURS}, no empty blocks", _packed(shape, shape.chunks), q, pools),
     ]
 
 
@@ -232,19 +231,6 @@ def _cudnn(shape: Shape) -> Step:
         return out.reshape(q.shape)
 
     return step
-
-
-def _contestant(name: str, step: Step, q: jax.Array, layers: tuple[Any, ...]) -> Contestant:
-    one = jax.jit(step)  # traced and lowered once for all layers
-
-    def chain(q: jax.Array, layers: tuple[Any, ...]) -> jax.Array:
-        for layer in layers:
-            q = one(q, layer)
-        return q
-
-    return Contestant(
-        name, len(layers), chain, (q, layers), donate=(0,), once=lambda: one(q, layers[0])
-    )
 
 
 def _wanted(shape: Shape, q: jax.Array, pool: jax.Array) -> jax.Array:

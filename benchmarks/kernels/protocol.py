@@ -28,6 +28,23 @@ class Contestant:
     once: Callable[[], jax.Array] | None = None
 
 
+Step = Callable[[jax.Array, Any], jax.Array]  # (queries, a layer's operands) -> the next's queries
+
+
+def layer_by_layer(name: str, step: Step, q: jax.Array, layers: tuple[Any, ...]) -> Contestant:
+    """What one layer's attention gives is what the next one asks."""
+    one = jax.jit(step)  # traced and lowered once for all layers
+
+    def chain(q: jax.Array, layers: tuple[Any, ...]) -> jax.Array:
+        for layer in layers:
+            q = one(q, layer)
+        return q
+
+    return Contestant(
+        name, len(layers), chain, (q, layers), donate=(0,), once=lambda: one(q, layers[0])
+    )
+
+
 @dataclass(frozen=True)
 class Built:
     """A case's arrays and contestants, on the device."""

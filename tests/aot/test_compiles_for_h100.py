@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from jlorax.device.step import make_step  # noqa: E402
@@ -62,15 +60,6 @@ FALCON_7B = {
     "num_hidden_layers": NUM_LAYERS,
     "vocab_size": 65024,
 }
-
-
-@pytest.fixture(scope="module")
-def h100() -> Mesh:
-    description = (Path(__file__).parent / "h100.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=description, topology="1x1x1"
-    )
-    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from pallas_kernels.grouped_lora.operands import RowBlocks, SitePages  # noqa: E402
 from pallas_kernels.grouped_lora.pallas_triton import grouped_lora  # noqa: E402
 from pallas_kernels.grouped_lora.tuning import rows_per_block  # noqa: E402
-from tests.aot.test_compiles_for_h100 import abstract, h100  # noqa: E402, F401
+from tests.aot.test_compiles_for_h100 import abstract  # noqa: E402
 
 NUM_LAYERS, NUM_PROJECTIONS, SLOTS = 32, 7, 64
 POOL_PAGES = 2100  # 4.4 GB at a width of 4096: offsets of 64 bits
@@ -36,33 +36,33 @@ SITES: dict[str, tuple[int, tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("site", SITES)
-def test_every_site_compiles(h100: Mesh, site: str) -> None:  # noqa: F811
+def test_every_site_compiles(h100: Mesh, site: str) -> None:
     compile_site(h100, *SITES[site], num_tokens=64)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8, 256, 2048])
 @pytest.mark.parametrize("site", ["llama qkv", "mistral qkv", "falcon down"])
-def test_every_bucket_compiles(h100: Mesh, site: str, num_tokens: int) -> None:  # noqa: F811
+def test_every_bucket_compiles(h100: Mesh, site: str, num_tokens: int) -> None:
     compile_site(h100, *SITES[site], num_tokens=num_tokens)
 
 
 @pytest.mark.parametrize("d_in, vocab_size", [(4096, 32_000), (4544, 65_024)])
-def test_the_head_compiles(h100: Mesh, d_in: int, vocab_size: int) -> None:  # noqa: F811
+def test_the_head_compiles(h100: Mesh, d_in: int, vocab_size: int) -> None:
     compile_site(h100, d_in, (vocab_size,), num_tokens=64, num_layers=1, y_dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("max_rank", [16, 256])
-def test_other_limits_compile(h100: Mesh, max_rank: int) -> None:  # noqa: F811
+def test_other_limits_compile(h100: Mesh, max_rank: int) -> None:
     compile_site(h100, 4096, (4096, 1024, 1024), num_tokens=64, max_rank=max_rank)
 
 
 @pytest.mark.parametrize("num_tokens, block_rows", [(64, 64), (2048, 16), (2048, 32), (2048, 128)])
-def test_other_blocks_compile(h100: Mesh, num_tokens: int, block_rows: int) -> None:  # noqa: F811
+def test_other_blocks_compile(h100: Mesh, num_tokens: int, block_rows: int) -> None:
     compile_site(h100, 4096, (4096,) * 3, num_tokens=num_tokens, block_rows=block_rows)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 256, 2048])
-def test_f32_compiles(h100: Mesh, num_tokens: int) -> None:  # noqa: F811
+def test_f32_compiles(h100: Mesh, num_tokens: int) -> None:
     compile_site(h100, 576, (576, 192, 192), num_tokens=num_tokens, dtype=jnp.float32)
 
 

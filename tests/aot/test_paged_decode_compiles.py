@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from pallas_kernels.paged_attention.decode_triton import (  # noqa: E402
@@ -30,15 +28,6 @@ from pallas_kernels.paged_attention.tuning import (  # noqa: E402
 
 PAGE_SIZE, NUM_PAGES = 64, 1025
 LLAMA_2_7B, MISTRAL_7B, FALCON_7B = (32, 32, 128), (32, 8, 128), (71, 1, 64)
-
-
-@pytest.fixture(scope="module")
-def h100() -> Mesh:
-    description = (Path(__file__).parent / "h100.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=description, topology="1x1x1"
-    )
-    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
 
 
 def compiled(

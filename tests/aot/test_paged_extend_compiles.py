@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from pallas_kernels.paged_attention.api import (  # noqa: E402
@@ -52,15 +50,6 @@ OTHERS = {
     "page of 32": {"heads": (71, 1, 64), "page_size": 32},
     "a pool over 4 GiB": {"heads": (32, 32, 128), "num_pages": 5000},
 }
-
-
-@pytest.fixture(scope="module")
-def h100() -> Mesh:
-    description = (Path(__file__).parent / "h100.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=description, topology="1x1x1"
-    )
-    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
 
 
 def compiled(

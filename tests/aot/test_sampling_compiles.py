@@ -10,7 +10,6 @@ import functools
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from jlorax.device.device import DeviceSizes, empty_kv_pools  # noqa: E402
@@ -50,15 +48,6 @@ LLAMA_2_7B = {
     "vocab_size": 32000,
 }
 KERNEL = 'custom_call_target="__gpu$xla.gpu.triton"'
-
-
-@pytest.fixture(scope="module")
-def h100() -> Mesh:
-    description = (Path(__file__).parent / "h100.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=description, topology="1x1x1"
-    )
-    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
 
 
 def compiled(h100: Mesh, function: Callable[..., Any], arguments: Any, *donated: int) -> Any:

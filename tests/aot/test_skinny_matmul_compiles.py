@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from pallas_kernels.skinny_matmul import api, tuning  # noqa: E402
@@ -49,12 +47,8 @@ class Compiler:
 
 
 @pytest.fixture(scope="module")
-def h100() -> Compiler:
-    description = (Path(__file__).parent / "h100.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=description, topology="1x1x1"
-    )
-    return Compiler(topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",)))
+def compiler(h100: Mesh) -> Compiler:
+    return Compiler(h100)
 
 
 @pytest.fixture(params=MODELS)
@@ -73,43 +67,43 @@ def norm_of(model: Model, weight: jax.Array) -> Norm:
 
 @pytest.mark.parametrize("rows", WHOLE_ROWS)
 def test_a_product_is_one_launch_and_at_most_one_sum(
-    h100: Compiler, model: Model, rows: int
+    compiler: Compiler, model: Model, rows: int
 ) -> None:
     for weight in (model.qkv, model.out, model.up):
-        x, w = h100.array(rows, weight.k), h100.array(*weight)
-        got = h100.kernels(lambda x, w: api.matmul(x, w, implementation="pallas"), x, w)
+        x, w = compiler.array(rows, weight.k), compiler.array(*weight)
+        got = compiler.kernels(lambda x, w: api.matmul(x, w, implementation="pallas"), x, w)
         assert got[0] == "ours"
         assert len(got) <= 2
 
 
 @pytest.mark.parametrize("rows", WHOLE_ROWS)
-def test_the_head_gives_f32_in_one_launch(h100: Compiler, model: Model, rows: int) -> None:
+def test_the_head_gives_f32_in_one_launch(compiler: Compiler, model: Model, rows: int) -> None:
     def head(x: jax.Array, w: jax.Array) -> jax.Array:
         return api.matmul(
             x, w, implementation="pallas", transposed=True, out_dtype=jnp.dtype(jnp.float32)
         )
 
-    x, w = h100.array(rows, model.head.k), h100.array(*model.head[::-1])
-    assert h100.kernels(head, x, w) == ["ours"]
+    x, w = compiler.array(rows, model.head.k), compiler.array(*model.head[::-1])
+    assert compiler.kernels(head, x, w) == ["ours"]
 
 
 @pytest.mark.parametrize("rows", WHOLE_ROWS)
 def test_gate_and_up_with_their_activation_are_one_launch(
-    h100: Compiler, gated: Model, rows: int
+    compiler: Compiler, gated: Model, rows: int
 ) -> None:
-    x, w = h100.array(rows, gated.up.k), h100.array(*gated.up)
-    delta = h100.array(rows, gated.up.n)
+    x, w = compiler.array(rows, gated.up.k), compiler.array(*gated.up)
+    delta = compiler.array(rows, gated.up.n)
 
     def gate_up(x: jax.Array, w: jax.Array, delta: jax.Array | None = None) -> jax.Array:
         return api.matmul_swiglu(x, w, delta, implementation="pallas")
 
-    assert h100.kernels(gate_up, x, w) == ["ours"]
-    assert h100.kernels(gate_up, x, w, delta) == ["ours"]
+    assert compiler.kernels(gate_up, x, w) == ["ours"]
+    assert compiler.kernels(gate_up, x, w, delta) == ["ours"]
 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_product_with_sum_and_norm_is_two_launches(
-    h100: Compiler, model: Model, rows: int
+    compiler: Compiler, model: Model, rows: int
 ) -> None:
     def add_norm(
         x: Any, w: Any, residual: Any, weight: Any, delta: Any = None, next_weight: Any = None
@@ -119,34 +113,34 @@ def test_a_product_with_sum_and_norm_is_two_launches(
             x, w, residual, norm, delta, implementation="pallas", next_weight=next_weight
         )
 
-    residual, weight = h100.array(rows, model.out.n), h100.array(model.out.n)
+    residual, weight = compiler.array(rows, model.out.n), compiler.array(model.out.n)
     for k, n in (model.out, model.down):
-        operands = h100.array(rows, k), h100.array(k, n), residual, weight
-        assert h100.kernels(add_norm, *operands) == ["ours", "ours"]
-    next_weight = h100.array(*model.qkv)
-    assert h100.kernels(add_norm, *operands, residual, next_weight) == ["ours", "ours"]
+        operands = compiler.array(rows, k), compiler.array(k, n), residual, weight
+        assert compiler.kernels(add_norm, *operands) == ["ours", "ours"]
+    next_weight = compiler.array(*model.qkv)
+    assert compiler.kernels(add_norm, *operands, residual, next_weight) == ["ours", "ours"]
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64])
 def test_an_activated_product_with_sum_and_norm_is_two_launches(
-    h100: Compiler, gated: Model, rows: int
+    compiler: Compiler, gated: Model, rows: int
 ) -> None:
     def activated(gate_up: Any, w: Any, residual: Any, weight: Any) -> Any:
         norm = norm_of(gated, weight)
         return api.swiglu_matmul_add_norm(gate_up, w, residual, norm, implementation="pallas")
 
-    got = h100.kernels(
+    got = compiler.kernels(
         activated,
-        h100.array(rows, 2 * gated.down.k),
-        h100.array(*gated.down),
-        h100.array(rows, gated.down.n),
-        h100.array(gated.down.n),
+        compiler.array(rows, 2 * gated.down.k),
+        compiler.array(*gated.down),
+        compiler.array(rows, gated.down.n),
+        compiler.array(gated.down.n),
     )
     assert got == ["ours", "ours"]
 
 
 @pytest.mark.parametrize("rows", [1, 64])
-def test_f32_compiles(h100: Compiler, rows: int) -> None:
+def test_f32_compiles(compiler: Compiler, rows: int) -> None:
     """SmolLM2 in f32, where the greedy tokens must be the CPU's."""
 
     def network(x: Any, pair: Any, down: Any, weight: Any) -> Any:
@@ -155,18 +149,18 @@ def test_f32_compiles(h100: Compiler, rows: int) -> None:
         return api.matmul_add_norm(hidden, down, x, norm, implementation="pallas")
 
     f32 = jnp.float32
-    got = h100.kernels(
+    got = compiler.kernels(
         network,
-        h100.array(rows, 576, dtype=f32),
-        h100.array(576, 2 * 1536, dtype=f32),
-        h100.array(1536, 576, dtype=f32),
-        h100.array(576, dtype=f32),
+        compiler.array(rows, 576, dtype=f32),
+        compiler.array(576, 2 * 1536, dtype=f32),
+        compiler.array(1536, 576, dtype=f32),
+        compiler.array(576, dtype=f32),
     )
     assert got == ["ours"] * 3
 
 
-def test_more_rows_are_left_to_xla(h100: Compiler) -> None:
+def test_more_rows_are_left_to_xla(compiler: Compiler) -> None:
     rows = tuning.MAX_WHOLE_ROWS + 1
-    x, w = h100.array(rows, 4096), h100.array(4096, 4096)
-    got = h100.kernels(lambda x, w: api.matmul(x, w, implementation="pallas"), x, w)
+    x, w = compiler.array(rows, 4096), compiler.array(4096, 4096)
+    got = compiler.kernels(lambda x, w: api.matmul(x, w, implementation="pallas"), x, w)
     assert "ours" not in got

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from benchmarks.shapes import SHAPES  # noqa: E402
@@ -29,15 +27,6 @@ from jlorax.models.lora import Bank  # noqa: E402
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture(scope="module")
-def h100() -> Mesh:
-    description = (Path(__file__).parent / "h100.txtpb").read_text()
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=description, topology="1x1x1"
-    )
-    return topologies.make_mesh(topo=topology, mesh_shape=(1,), axis_names=("x",))
 
 
 @pytest.mark.parametrize("names", [ATTENTION, ATTENTION + MLP], ids=["attention", "all"])
