@@ -42,7 +42,6 @@ def sample(
     *,
     max_alternatives: int,
     implementation: Implementation,
-    device_kind: str = tuning.H100,
 ) -> Sampled:
     """Chooses a token for each row; A = ``max_alternatives``."""
     if implementation == "xla":
@@ -52,6 +51,6 @@ def sample(
         warm,
         parameters,
         max_alternatives,
-        tuning.choose(device_kind, logits.shape[1]),
+        tuning.choose(jax.devices()[0].device_kind, logits.shape[1]),
         interpret=implementation == "pallas_interpret",
     )
