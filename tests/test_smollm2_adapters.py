@@ -28,6 +28,8 @@ transformers = pytest.importorskip("transformers")
 
 _NUM_TOKENS = 64
 _TIE = 1e-4  # of the largest logit
+_MOST_OTHERS_IN_BFLOAT16 = 0.02  # of all tokens, each after the float32 answer so far
+_EVERY = 4  # of an answer's places
 _PROMPTS = (
     DEMO_PROMPT,
     *(demo.prompt for demo in DEMO_ADAPTERS),
@@ -41,12 +43,12 @@ assert len(_PROMPTS) == 10
 _Row = tuple[str | None, tuple[int, ...]]
 
 
-def _config(folder: Path) -> EngineConfig:
+def _config(folder: Path, dtype: str = "float32") -> EngineConfig:
     """Two executables, kept in the user's cache: compiling them takes longer than the test."""
     cache_dir = Path(os.environ.get("JLORAX_CACHE_DIR", "~/.cache/jlorax")).expanduser()
     return EngineConfig(
         cache_dir=cache_dir,
-        model=ModelSource(str(folder)),
+        model=ModelSource(str(folder), dtype),
         steps=StepConfig((8,), (64,)),
         scheduler=SchedulerConfig(max_batch=8),
         kv=KVConfig(max_seq_len=256),
@@ -114,3 +116,32 @@ def test_one_prompt(smollm2_dir: Path) -> None:
 @pytest.mark.slow
 def test_ten_prompts(smollm2_dir: Path) -> None:
     _check(smollm2_dir, _PROMPTS)
+
+
+@pytest.mark.slow
+def test_bfloat16_seldom_chooses_another_token(smollm2_dir: Path) -> None:
+    answers = asyncio.run(_answers(smollm2_dir, _PROMPTS))
+    places = [
+        (adapter, (*prompt, *tokens[:i]), tokens[i])
+        for (adapter, prompt), tokens in answers.items()
+        for i in range(0, _NUM_TOKENS, _EVERY)
+    ]
+    chosen = asyncio.run(_next_tokens(smollm2_dir, [place[:2] for place in places]))
+    others = sum(token != place[2] for token, place in zip(chosen, places, strict=True))
+    print(f"{others} of {len(places)} tokens differ")
+    assert others < _MOST_OTHERS_IN_BFLOAT16 * len(places)
+
+
+async def _next_tokens(folder: Path, rows: list[_Row]) -> list[int]:
+    """What the engine in bfloat16 says first after each of these."""
+    config = _config(folder, "bfloat16")
+    async with await Engine.start(config) as engine:
+        at_once = asyncio.Semaphore(config.scheduler.max_batch)
+
+        async def one(adapter: str | None, prompt: tuple[int, ...]) -> int:
+            request = GenerateRequest(prompt, adapter_id=adapter, max_new_tokens=1, ignore_eos=True)
+            async with at_once:
+                events = [event async for event in engine.generate(request)]
+            return events[0].token.id
+
+        return list(await asyncio.gather(*(one(*row) for row in rows)))
