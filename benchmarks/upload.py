@@ -28,7 +28,7 @@ from jlorax.adapters.slots import SlotTable
 from jlorax.assembly import bank_layout, kernels
 from jlorax.config import EngineConfig
 from jlorax.device.executables import ExecutableStore
-from jlorax.device.lora_bank import BankWriter, empty_bank, host_buffer, make_writer
+from jlorax.device.lora_bank import BankWriter, empty_bank, host_memory, make_writer
 from jlorax.engine import Engine
 from jlorax.layout import SlotWrite
 from jlorax.models.config import read_config
@@ -68,7 +68,7 @@ def measure_alone(config: EngineConfig, folder: Path) -> Alone:
     """In a small bank of its own, before the engine is there."""
     layout = bank_layout(config, read_config(Path(str(config.model.model))))
     packed = pack(read_adapter(folder, folder.name, layout.projections, layout.max_rank), layout)
-    packed = replace(packed, buffer=host_buffer(np.asarray(packed.buffer)))
+    packed = replace(packed, buffer=host_memory().keep(np.asarray(packed.buffer)))
     need = packed.need(layout)
     pool_pages = {pool: 1 + 2 * need.get(pool, 1) for pool in layout.pools}
     bank = empty_bank(layout, 2, pool_pages)

@@ -6,23 +6,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
 from jlorax.actors.ingress import Limits
-from jlorax.adapters.disk_tier import DiskTier
+from jlorax.adapters.disk_tier import DiskTier, remove
 from jlorax.adapters.host_tier import HostTier
-from jlorax.adapters.loader import Loader
+from jlorax.adapters.loader import Loader, Spooled
 from jlorax.adapters.pack import PackedAdapter
 from jlorax.adapters.placement import share_bank
-from jlorax.adapters.registry import AdapterRecord, Registry
+from jlorax.adapters.registry import DEFAULT_TENANT, AdapterRecord, Registry
+from jlorax.adapters.remote import open_remote, parse_remote
+from jlorax.adapters.remote_names import RemoteNames
 from jlorax.adapters.slots import SlotTable
+from jlorax.adapters.sources import Sources
+from jlorax.adapters.tiers import AdapterTiers
 from jlorax.config import GIB, EngineConfig, Kernels
 from jlorax.defaults import Machine, reserve_bytes
 from jlorax.device.device import Device, DeviceSizes, step_store
-from jlorax.device.lora_bank import host_buffer
+from jlorax.device.lora_bank import host_memory
 from jlorax.errors import ConfigError, ModelInvalid
 from jlorax.layout import (
     ITEM_BYTES,
@@ -41,7 +46,7 @@ from jlorax.models.kept import kept_config
 from jlorax.models.weights import BaseModel, dummy_model, load_model, weight_bytes
 from jlorax.scheduling.policy import Policy, PolicyConfig
 from jlorax.tokenizer import Tokenizer
-from jlorax.types import ModelInfo, Progress, no_progress
+from jlorax.types import ModelInfo, Progress, Tier, no_progress
 
 _DEFAULT_MAX_SEQ_LEN = 8192
 _POOL_SHARE = 16  # by default the pool holds max_batch sequences of a sixteenth of the context
@@ -57,10 +62,7 @@ class Parts:
     limits: Limits
     device: Device
     policy: Policy
-    registry: Registry
-    loader: Loader
-    host_tier: HostTier[PackedAdapter]
-    slots: SlotTable
+    tiers: AdapterTiers
     metrics: Metrics
 
 
@@ -92,7 +94,6 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
     registry = build_registry(config, model_id)
     layout = bank_layout(config, model_config)
     plan = plan_memory(config, model_config, registry, layout)
-    disk = _disk_tier(config)
     sizes = _device_sizes(config, plan)
     steps = (layout, sizes, plan.shapes, kernels(config))
     with step_store(config.executable_dir, model_config, config.model.dtype, *steps) as store:
@@ -100,11 +101,8 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
         tokenizer = load_tokenizer(config, folder, model_config)
         model = load_weights(config, folder, model_config, progress)
         device = Device(model, *steps, store, progress)
-    loader, host_tier = (
-        Loader(layout, disk, host_buffer),
-        HostTier[PackedAdapter](config.adapters.host_cache_bytes),
-    )
-    preload_adapters(registry, loader, host_tier, progress)
+    tiers = adapter_tiers(config, registry, layout, plan)
+    preload_adapters(config, tiers, progress)
     return Parts(
         config=config,
         model_info=_model_info(config, model_config, model_id, plan, tokenizer),
@@ -112,10 +110,7 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
         limits=Limits(plan.max_seq_len, model_config.shape.vocab_size),
         device=device,
         policy=Policy(_policy_config(config, sizes, plan)),
-        registry=registry,
-        loader=loader,
-        host_tier=host_tier,
-        slots=SlotTable(plan.max_slots, plan.pool_pages),
+        tiers=tiers,
         metrics=Metrics(),
     )
 
@@ -191,20 +186,71 @@ def build_registry(config: EngineConfig, model_id: str) -> Registry:
     return registry
 
 
+def adapter_tiers(
+    config: EngineConfig, registry: Registry, layout: BankLayout, plan: MemoryPlan
+) -> AdapterTiers:
+    adapters = config.adapters
+    remotes = [parse_remote(*remote) for remote in adapters.remotes]
+    sources = {remote.name: open_remote(remote) for remote in remotes}
+    return AdapterTiers(
+        registry=registry,
+        remote_names=RemoteNames(registry, tuple(sources)),
+        loader=Loader(layout, Sources(sources, adapters.disk_dir), host_memory()),
+        disk=_disk_tier(config),
+        host=HostTier(adapters.host_cache_bytes),
+        slots=SlotTable(plan.max_slots, plan.pool_pages),
+        pinned=adapters.pinned,
+    )
+
+
 def preload_adapters(
-    registry: Registry,
-    loader: Loader,
-    host_tier: HostTier[PackedAdapter],
-    progress: Progress = no_progress,
+    config: EngineConfig, tiers: AdapterTiers, progress: Progress = no_progress
 ) -> None:
-    """Named adapters are read and checked now, into RAM while there is room; a bad one stops the
-    start. Folders under the root wait for their first request."""
-    named = [record for record in registry.list() if record.source == "registered"]
-    for i, record in enumerate(named):
-        packed, _ = loader.load(record)
-        if host_tier.used_bytes + packed.size_bytes <= host_tier.max_bytes:
-            host_tier.put(record.version, packed, packed.size_bytes)
-        progress("loading adapters", (i + 1) / len(named))
+    """Reads adapters and checks them, into RAM while there is room; a bad one stops the start.
+    The others wait for their first request."""
+    records = _to_preload(config, tiers.registry)
+    with ThreadPoolExecutor(config.adapters.num_loaders) as threads:
+        loads = [threads.submit(_preload, tiers, record) for record in records]
+        try:
+            for i, (record, load) in enumerate(zip(records, loads, strict=True)):
+                _keep(tiers, record, *load.result())
+                progress("loading adapters", (i + 1) / len(records))
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def _to_preload(config: EngineConfig, registry: Registry) -> list[AdapterRecord]:
+    names = config.adapters.preload
+    if names is None:
+        names = tuple(name for name, _ in config.adapters.named)
+    found = [(name, registry.find(DEFAULT_TENANT, name)) for name in names]
+    missing = [name for name, record in found if record is None]
+    if missing:
+        raise ConfigError(f"preload names {missing[0]!r}, but no adapter here is named so")
+    return [record for _, record in found if record is not None]
+
+
+def _preload(tiers: AdapterTiers, record: AdapterRecord) -> tuple[PackedAdapter, Spooled | None]:
+    """On a thread; the books are for the caller."""
+    loader, disk = tiers.loader, tiers.disk
+    kept = None if disk is None else disk.find(loader.key(record))
+    load = loader.load(record, kept)
+    if disk is None or load.tier is not Tier.SOURCE:
+        return load.packed, None
+    try:
+        return load.packed, loader.spool(record, load.built, disk.folder)
+    except OSError:
+        return load.packed, None
+
+
+def _keep(
+    tiers: AdapterTiers, record: AdapterRecord, packed: PackedAdapter, spooled: Spooled | None
+) -> None:
+    if tiers.host.used_bytes + packed.size_bytes <= tiers.host.max_bytes:
+        tiers.host.put(record.version, packed, packed.size_bytes)
+    if tiers.disk is not None and spooled is not None:
+        gone = tiers.disk.take(spooled.source, spooled.digest, spooled.path, spooled.size_bytes)
+        remove(gone)
 
 
 def plan_memory(
@@ -215,7 +261,7 @@ def plan_memory(
     item = ITEM_BYTES[config.model.dtype]
     per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item
     page_bytes = per_token * kv.page_size
-    known = [_known_ranks(record, layout) for record in registry.list()]
+    known = [_known_ranks(record, layout) for record in registry.records()]
     pool_pages = share_bank(layout, adapters.bank_bytes, known)
     bank_bytes = sum(layout.page_bytes(pool) * count for pool, count in pool_pages.items())
     weights = weight_bytes(model, config.model.dtype)

@@ -126,14 +126,25 @@ class AsyncClient:
     ) -> AsyncGenerator[TokenEvent, None]:
         return self._stream(_chat_body(messages, options, stream=True))
 
-    async def load_adapter(self, adapter_id: str, folder: str) -> AdapterInfo:
-        """Registers a folder under the server's adapter root."""
-        body = {"adapter_id": adapter_id, "folder": folder}
+    async def load_adapter(
+        self, adapter_id: str, folder: str, replace: bool = False
+    ) -> AdapterInfo:
+        """Registers a folder under the server's adapter root; ``replace``: the name may be taken."""
+        body = {"adapter_id": adapter_id, "folder": folder, "replace": replace}
         return read_adapter(await self._json("POST", "/v1/adapters", body))
 
     async def unload_adapter(self, adapter_id: str, force: bool = False) -> None:
-        path = f"/v1/adapters/{quote(adapter_id, safe='')}"
-        await self._json("DELETE", path + ("?force=true" if force else ""))
+        query = "?force=true" if force else ""
+        await self._json("DELETE", _adapter_path(adapter_id) + query)
+
+    async def prefetch_adapter(self, adapter_id: str) -> AdapterInfo:
+        """Has the server read it into RAM."""
+        return read_adapter(await self._json("POST", f"{_adapter_path(adapter_id)}/prefetch"))
+
+    async def pin_adapter(self, adapter_id: str, pinned: bool = True) -> AdapterInfo:
+        """Has the server bring it to the device, to stay there until it is unpinned."""
+        method = "POST" if pinned else "DELETE"
+        return read_adapter(await self._json(method, f"{_adapter_path(adapter_id)}/pin"))
 
     async def adapters(self) -> list[AdapterInfo]:
         listed = await self._json("GET", "/v1/adapters")
@@ -215,6 +226,10 @@ def _chat_body(messages: Sequence[Message], options: Options, stream: bool) -> d
     return render_request(_request("", options), stream, [dict(message) for message in messages])
 
 
+def _adapter_path(adapter_id: str) -> str:
+    return f"/v1/adapters/{quote(adapter_id, safe='')}"
+
+
 async def _raise_for_error(response: aiohttp.ClientResponse) -> None:
     if response.status < 400:
         return
@@ -292,11 +307,17 @@ class Client:
     ) -> Iterator[TokenEvent]:
         return self._iterate(self._client.stream_chat(messages, **options))
 
-    def load_adapter(self, adapter_id: str, folder: str) -> AdapterInfo:
-        return self._run(self._client.load_adapter(adapter_id, folder))
+    def load_adapter(self, adapter_id: str, folder: str, replace: bool = False) -> AdapterInfo:
+        return self._run(self._client.load_adapter(adapter_id, folder, replace))
 
     def unload_adapter(self, adapter_id: str, force: bool = False) -> None:
         self._run(self._client.unload_adapter(adapter_id, force))
+
+    def prefetch_adapter(self, adapter_id: str) -> AdapterInfo:
+        return self._run(self._client.prefetch_adapter(adapter_id))
+
+    def pin_adapter(self, adapter_id: str, pinned: bool = True) -> AdapterInfo:
+        return self._run(self._client.pin_adapter(adapter_id, pinned))
 
     def adapters(self) -> list[AdapterInfo]:
         return self._run(self._client.adapters())

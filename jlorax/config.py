@@ -116,19 +116,28 @@ class KVConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The adapter tiers: device bank, host RAM, disk; and where adapters may come from."""
+    """The adapter tiers: device bank, host RAM, disk; and where adapters may come from.
+
+    ``remotes``: (name, URL), asked in this order for a name that is not here. ``preload``: who is
+    read into RAM and checked at the start. ``pinned``: who stays in the bank.
+    """
 
     root: Path | None = None
     named: tuple[tuple[str, Path], ...] = ()
+    remotes: tuple[tuple[str, str], ...] = ()
+    preload: tuple[str, ...] | None = None  # None: all that are named
+    pinned: tuple[str, ...] = ()
     bank_bytes: int = 256 * MIB
     max_slots: int = 64
     max_rank: int = 64
     host_cache_bytes: int = 2 * GIB
     disk_dir: Path | None = None  # None: no disk tier
     disk_cache_bytes: int = 16 * GIB
+    num_loaders: int = 2  # threads that read and pack
 
     def __post_init__(self) -> None:
         _require(self.max_slots >= 1, f"max_slots is {self.max_slots}; it must be at least 1")
+        _require(self.num_loaders >= 1, f"num_loaders is {self.num_loaders}; it must be at least 1")
         _require(1 <= self.max_rank <= 256, f"max_rank is {self.max_rank}; allowed are 1 to 256")
         for name in ("bank_bytes", "host_cache_bytes", "disk_cache_bytes"):
             value = getattr(self, name)

@@ -11,7 +11,7 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ from jlorax.actors.messages import (
     IngressMessage,
     ListAdapters,
     LoadAdapter,
+    PinAdapter,
+    PrefetchAdapter,
     RunnerMessage,
     SchedulerMessage,
     Submit,
@@ -104,11 +106,9 @@ class Engine:
             self._cache,
             self._scheduler,
             self._runner,
-            parts.registry,
-            parts.loader,
-            parts.host_tier,
-            parts.slots,
+            parts.tiers,
             self._metrics,
+            parts.config.adapters.num_loaders,
         )
         runner = Runner(self._runner, self._scheduler, parts.device)
         try:
@@ -193,30 +193,44 @@ class Engine:
     # ---- adapters
 
     async def load_adapter(
-        self, adapter_id: str, folder: str, tenant: str = "default"
+        self, adapter_id: str, folder: str, tenant: str = "default", replace: bool = False
     ) -> AdapterInfo:
-        """Registers a folder under the adapter root and reads it into RAM."""
-        reply: asyncio.Future[AdapterInfo] = asyncio.get_running_loop().create_future()
-        return await self._ask(LoadAdapter(tenant, adapter_id, folder, reply), reply)
+        """Registers a folder under the adapter root and reads it into RAM.
+
+        AdapterConflict when the name is taken, unless it is to be replaced: then running requests
+        finish on the weights they started with, and new ones get the new.
+        """
+        return await self._asked(lambda r: LoadAdapter(tenant, adapter_id, folder, replace, r))
 
     async def unload_adapter(
         self, adapter_id: str, tenant: str = "default", force: bool = False
     ) -> None:
-        """Forgets a registered name and frees its memory; AdapterConflict while it is in use."""
-        reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        return await self._ask(UnloadAdapter(tenant, adapter_id, force, reply), reply)
+        """Frees its memory, and forgets the name if it was registered; AdapterConflict while it is
+        in use."""
+        return await self._asked(lambda reply: UnloadAdapter(tenant, adapter_id, force, reply))
+
+    async def prefetch_adapter(self, adapter_id: str, tenant: str = "default") -> AdapterInfo:
+        """Reads it into RAM, from wherever it is."""
+        return await self._asked(lambda reply: PrefetchAdapter(tenant, adapter_id, reply))
+
+    async def pin_adapter(
+        self, adapter_id: str, tenant: str = "default", pinned: bool = True
+    ) -> AdapterInfo:
+        """Brings it into the bank, where it stays until it is unpinned. AdapterConflict when no
+        room would be left for others."""
+        return await self._asked(lambda reply: PinAdapter(tenant, adapter_id, pinned, reply))
 
     async def adapters(self, tenant: str = "default") -> list[AdapterInfo]:
-        reply: asyncio.Future[list[AdapterInfo]] = asyncio.get_running_loop().create_future()
-        return await self._ask(ListAdapters(tenant, reply), reply)
+        return await self._asked(lambda reply: ListAdapters(tenant, reply))
 
-    async def _ask(self, message: CacheMessage, reply: asyncio.Future[T]) -> T:
+    async def _asked(self, message: Callable[[asyncio.Future[T]], CacheMessage]) -> T:
         """The cache's answer, or Unavailable when it dies first."""
+        reply: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         if self._life is None or self._life.done():
             raise Unavailable("the engine has stopped")
         either: list[asyncio.Future[Any]] = [reply, self._life]
         try:
-            await self._cache.put(message)
+            await self._cache.put(message(reply))
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not reply.done():
                 raise Unavailable("the engine has stopped")
@@ -227,16 +241,17 @@ class Engine:
     # ---- what it does
 
     def stats(self) -> EngineStats:
-        policy, slots = self._policy, self._parts.slots
+        policy, tiers = self._policy, self._parts.tiers
         return EngineStats(
             state=self._state,
             num_queued=len(self._ingress) + len(policy.waiting),
             num_running=len(policy.running),
             free_pages=policy.pool.num_free,
             total_pages=policy.pool.num_usable,
-            pinned_slots=slots.num_pinned,
-            used_slots=len(slots.versions),
+            pinned_slots=tiers.slots.num_pinned,
+            used_slots=len(tiers.slots.versions),
             executables_compiled_after_ready=self._parts.device.num_compiled_after_ready,
+            tiers=tiers.stats(),
         )
 
     def metrics(self) -> bytes:

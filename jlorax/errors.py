@@ -6,8 +6,11 @@
     │   ├── PromptTooLong          prompt and answer do not fit the context
     │   └── InvalidAdapterId       a name that can name nothing
     ├── AdapterNotFound            nobody registered that id
+    │   └── AdapterGated           it is at a remote, but not for this server's account
     ├── AdapterInvalid             its files cannot be served
-    │   └── UnsupportedAdapter     they use a feature we refuse by name
+    │   ├── UnsupportedAdapter     they use a feature we refuse by name
+    │   └── AdapterChanged         they became others while they were read: ask again
+    ├── SourceUnavailable          a remote is down, slow or lying, or the disk is full: try later
     ├── AdapterConflict            it exists already, or is in use
     ├── Overloaded                 a bounded queue is full: come back later
     ├── Unavailable                the engine is starting, draining or dead
@@ -67,6 +70,17 @@ class AdapterNotFound(JLoraxError):
         self.adapter_id = adapter_id
 
 
+class AdapterGated(AdapterNotFound):
+    """It is there, but not for this server's account."""
+
+    def __init__(self, adapter_id: str, remote: str) -> None:
+        super().__init__(adapter_id)
+        self.args = (
+            f"the adapter {adapter_id!r} is gated: the account of this server's token has to be "
+            f"granted access to it on the remote {remote!r}",
+        )
+
+
 class AdapterInvalid(JLoraxError):
     """The adapter's files cannot be served; ``file`` says which one is at fault."""
 
@@ -89,8 +103,28 @@ class UnsupportedAdapter(AdapterInvalid):
         self.feature = feature
 
 
+class AdapterChanged(AdapterInvalid):
+    """Its files became others while they were read: the next request gets the new ones."""
+
+    code = "adapter_changed"
+
+    def __init__(self, adapter: str, file: str) -> None:
+        super().__init__(adapter, file, "changed while it was loaded")
+
+
 class AdapterConflict(JLoraxError):
     code = "adapter_conflict"
+
+
+class SourceUnavailable(JLoraxError):
+    """A remote is down, slow or lying, or there is no room for what it sends. Try again later."""
+
+    code = "source_unavailable"
+
+    def __init__(self, remote: str, reason: str) -> None:
+        super().__init__(f"the remote {remote!r} {reason}")
+        self.remote = remote
+        self.reason = reason
 
 
 class Overloaded(JLoraxError):

@@ -32,7 +32,7 @@ class Projection:
         return self.path.format(layer=layer)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdapterVersion:
     """What a name meant when a request resolved it. Keys slots, tiers, KV reuse and metrics.
 
@@ -166,6 +166,7 @@ class AdapterInfo:
     size_bytes: int | None
     num_requests: int
     last_used_s: float | None  # Unix time
+    pinned: bool = False  # by an operator: it stays in the bank
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,22 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class TierStats:
+    """One adapter tier. Hits and misses count requests, ``evictions`` adapters.
+
+    ``max_bytes`` None: it has no limit of its own.
+    """
+
+    tier: Tier
+    num_adapters: int
+    used_bytes: int
+    max_bytes: int | None
+    hits: int
+    misses: int
+    evictions: int
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """A snapshot for /health and /metrics: counts now, and totals since the start."""
 
@@ -196,3 +213,4 @@ class EngineStats:
     pinned_slots: int
     used_slots: int
     executables_compiled_after_ready: int
+    tiers: tuple[TierStats, ...] = ()

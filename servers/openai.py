@@ -1,4 +1,4 @@
-"""The /v1 routes: OpenAI's completions, chat and models, and our adapter API."""
+"""OpenAI's routes: completions, chat and models."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 
 from aiohttp import web
 
-from jlorax.errors import InvalidParameter, JLoraxError
+from jlorax.errors import JLoraxError
 from jlorax.types import GenerateResult, TokenEvent
 from jlorax.wire import openai as wire
-from jlorax.wire.adapters import ModelCard, parse_load_adapter, render_adapter, render_model
+from jlorax.wire.adapters import ModelCard, render_model
 from jlorax.wire.call import Call
-from jlorax.wire.fields import checked_adapter_id
 from jlorax.wire.strict_json import dumps
 from servers.failures import error_body, unexpected
 from servers.native import server_version
@@ -43,9 +42,6 @@ def routes() -> list[web.RouteDef]:
         web.post("/v1/completions", completions),
         web.post("/v1/chat/completions", chat_completions),
         web.get("/v1/models", models),
-        web.get("/v1/adapters", adapters),
-        web.post("/v1/adapters", load_adapter),
-        web.delete("/v1/adapters/{adapter_id:.+}", unload_adapter),
     ]
 
 
@@ -69,30 +65,6 @@ async def models(request: web.Request) -> web.Response:
     cards += [ModelCard(info.adapter_id, base) for info in await engine.adapters()]
     now_s = int(time.time())
     return json_response({"object": "list", "data": [render_model(c, now_s) for c in cards]})
-
-
-async def adapters(request: web.Request) -> web.Response:
-    infos = await request.app[ENGINE].adapters()
-    return json_response({"object": "list", "data": [render_adapter(info) for info in infos]})
-
-
-async def load_adapter(request: web.Request) -> web.Response:
-    limits = limits_of(request.app)
-    load = await read_call(request, lambda body: parse_load_adapter(body, limits))
-    notes_of(request).adapter_id = load.adapter_id
-    info = await request.app[ENGINE].load_adapter(load.adapter_id, load.folder)
-    return json_response(render_adapter(info), status=201)
-
-
-async def unload_adapter(request: web.Request) -> web.Response:
-    """204. ``?force=true`` also while requests use it: they end with an error."""
-    adapter_id = checked_adapter_id(request.match_info["adapter_id"])
-    notes_of(request).adapter_id = adapter_id
-    force = request.query.get("force", "false")
-    if force not in ("true", "false"):
-        raise InvalidParameter("force", "must be true or false")
-    await request.app[ENGINE].unload_adapter(adapter_id, force=force == "true")
-    return web.Response(status=204)
 
 
 async def _answer(request: web.Request, call: Call, chat: bool) -> web.StreamResponse:

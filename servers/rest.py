@@ -11,7 +11,7 @@ from aiohttp import web
 
 from jlorax.config import ServerConfig
 from jlorax.errors import ConfigError
-from servers import native, openai
+from servers import adapters, native, openai
 from servers.failures import answer_errors
 from servers.hosts import refuse_foreign
 from servers.serving import CONFIG, ENGINE, SSE_COMMENT, SSE_COMMENT_S, ServedEngine
@@ -36,6 +36,7 @@ def create_app(
     app[SSE_COMMENT] = sse_comment_s
     app.add_routes(native.routes())
     app.add_routes(openai.routes())
+    app.add_routes(adapters.routes())
     return app
 
 

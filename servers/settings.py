@@ -7,6 +7,7 @@ where the model runs (``jlorax.defaults``).
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,13 @@ def _named_adapter(text: str) -> tuple[str, Path]:
     return name, _folder(folder)
 
 
+def _remote(text: str) -> tuple[str, str]:
+    name, equals, url = text.partition("=")
+    if not (name and equals and url):
+        raise ValueError("a remote is given as NAME=URL")
+    return name, url
+
+
 @dataclass(frozen=True)
 class Setting:
     """``key`` names it in YAML; the flag and the variable follow from it."""
@@ -129,6 +137,24 @@ SETTINGS = (
     Setting("port", _whole, "PORT", "port to listen on (default 8080)"),
     Setting("adapter_root", _folder, "DIR", "folder whose sub-folders are adapters"),
     Setting("adapter", _named_adapter, "NAME=DIR", "an adapter by name; may be repeated", True),
+    Setting(
+        "remote",
+        _remote,
+        "NAME=URL",
+        "where adapters that are not here come from, asked in this order: hub (Hugging Face's, or "
+        "HF_ENDPOINT's), s3://BUCKET/PREFIX; may be repeated",
+        True,
+    ),
+    Setting(
+        "preload",
+        str,
+        "ID",
+        "an adapter to read into RAM at the start (all that --adapter names; none: nobody); "
+        "may be repeated",
+        True,
+    ),
+    Setting("pin", str, "ID", "an adapter to keep on the device; may be repeated", True),
+    Setting("adapter_loaders", _whole, "N", "adapters read at once (half the cores, 2 to 8)"),
     Setting(
         "adapter_bank_bytes",
         size_bytes,
@@ -251,6 +277,10 @@ def engine_config(
     adapters = {
         "root": values.get("adapter_root"),
         "named": values.get("adapter"),
+        "remotes": values.get("remote"),
+        "preload": _preload(values.get("preload")),
+        "pinned": values.get("pin"),
+        "num_loaders": values.get("adapter_loaders") or _num_loaders(),
         "bank_bytes": values.get("adapter_bank_bytes"),
         "max_slots": values.get("max_slots"),
         "max_rank": values.get("max_rank"),
@@ -275,6 +305,16 @@ def engine_config(
         model_id=values.get("model_id"),
         executable_dir=cache_dir / "executables",
     )
+
+
+def _preload(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    return () if names == ("none",) else names
+
+
+def _num_loaders() -> int:
+    """Each keeps a core busy while it packs; the device's threads need some too."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(2, (cores or 1) // 2))
 
 
 def server_config(values: Mapping[str, Any]) -> ServerConfig:

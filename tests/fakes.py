@@ -135,9 +135,9 @@ class FakeEngine:
         )
 
     async def load_adapter(
-        self, adapter_id: str, folder: str, tenant: str = "default"
+        self, adapter_id: str, folder: str, tenant: str = "default", replace: bool = False
     ) -> AdapterInfo:
-        if adapter_id in self.registered:
+        if adapter_id in self.registered and not replace:
             raise AdapterConflict(f"adapter {adapter_id!r} exists already")
         if self.error is not None:
             raise self.error
@@ -153,6 +153,20 @@ class FakeEngine:
         if info.num_requests and not force:
             raise AdapterConflict(f"{adapter_id!r} is used by {info.num_requests} requests")
         del self.registered[adapter_id]
+
+    async def prefetch_adapter(self, adapter_id: str, tenant: str = "default") -> AdapterInfo:
+        if adapter_id not in self.registered:
+            raise AdapterNotFound(adapter_id)
+        return replace(self.registered[adapter_id], tier=Tier.HOST)
+
+    async def pin_adapter(
+        self, adapter_id: str, tenant: str = "default", pinned: bool = True
+    ) -> AdapterInfo:
+        if adapter_id not in self.registered:
+            raise AdapterNotFound(adapter_id)
+        info = replace(self.registered[adapter_id], pinned=pinned)
+        self.registered[adapter_id] = info
+        return info
 
     async def adapters(self, tenant: str = "default") -> list[AdapterInfo]:
         return list(self.registered.values())

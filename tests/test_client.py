@@ -22,7 +22,7 @@ from jlorax.errors import (
     RequestCancelled,
     Unavailable,
 )
-from jlorax.types import FinishReason, SamplingParams
+from jlorax.types import FinishReason, SamplingParams, Tier
 from jlorax.wire.adapters import ModelCard
 from tests.fakes import FakeEngine, adapter_info
 from tests.servers.serving import in_loop, serving
@@ -138,6 +138,10 @@ async def test_adapters_models_health() -> None:
         ]
         with pytest.raises(AdapterConflict):
             await client.load_adapter("org/x", "sql")
+        assert (await client.load_adapter("org/x", "sql", replace=True)).adapter_id == "org/x"
+        assert (await client.prefetch_adapter("org/x")).tier is Tier.HOST
+        assert (await client.pin_adapter("org/x")).pinned
+        assert not (await client.pin_adapter("org/x", False)).pinned
         server.engine.registered["org/x"] = adapter_info("org/x", num_requests=2)
         with pytest.raises(AdapterConflict, match="2 requests"):
             await client.unload_adapter("org/x")

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "jlorax.tokenizer": {"tokenizers", "jlorax.errors", "jlorax.hugging_face"},
     "jlorax.scheduling": PLAIN | {"numpy"},
     "jlorax.adapters": PLAIN | {"numpy", "safetensors", "ml_dtypes"},
+    "jlorax.adapters.remote": PLAIN | {"huggingface_hub", "obstore", "jlorax.adapters.files"},
     "pallas_kernels": {"jax", "numpy"},
     "jlorax.models": PLAIN
     | {"pallas_kernels", "flax", "jax", "numpy", "ml_dtypes", "safetensors", "gguf"}

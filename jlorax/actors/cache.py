@@ -1,19 +1,26 @@
-"""Cache: owns the registry, the tiers, the slot table and the pins; the only way into the bank.
+"""Cache: owns the registry, the tiers' books, the slot table and the pins; the only way into the
+bank.
 
-    Prefetch ---> load (its own thread) ---> host tier, AdapterAtHand
+    Prefetch ---> load (threads) ------> host tier, AdapterAtHand
     Acquire ----> resident: pin, AdapterReady
              \\--> waits in line ---> loaded, and a slot free: WriteSlot to the runner (first),
                                      AdapterReady to the scheduler (second)
 Order is the acknowledgement: a step that names the slot is behind its write.
+
+Threads read, check, pack and write files; every book is kept here. What they find comes back as a
+message.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from jlorax.actors.mailbox import Mailbox
@@ -25,31 +32,58 @@ from jlorax.actors.messages import (
     AdapterReady,
     AdapterUnloadable,
     CacheMessage,
+    Described,
     Forget,
     ListAdapters,
     LoadAdapter,
     Loaded,
     LoadFailed,
+    PinAdapter,
     Prefetch,
+    PrefetchAdapter,
     Release,
     Resolve,
     RunnerMessage,
+    Scanned,
     SchedulerMessage,
+    SpoolDone,
     UnloadAdapter,
     WriteSlot,
 )
-from jlorax.adapters.host_tier import HostTier
-from jlorax.adapters.loader import Loader
+from jlorax.adapters.disk_tier import remove
+from jlorax.adapters.load_queue import LoadQueue, Ticket, Urgency
+from jlorax.adapters.loader import LoadCancelled, Spooled
 from jlorax.adapters.pack import PackedAdapter
 from jlorax.adapters.placement import slot_write
-from jlorax.adapters.registry import DEFAULT_TENANT, AdapterRecord, Registry
-from jlorax.adapters.slots import SlotTable
-from jlorax.errors import AdapterConflict, AdapterInvalid, JLoraxError, Unavailable
+from jlorax.adapters.registry import DEFAULT_TENANT, LOCAL, AdapterRecord, Seen
+from jlorax.adapters.remote_names import Found, Question
+from jlorax.adapters.tiers import AdapterTiers
+from jlorax.errors import (
+    AdapterConflict,
+    AdapterInvalid,
+    AdapterNotFound,
+    JLoraxError,
+    Unavailable,
+)
 from jlorax.metrics import Metrics
 from jlorax.types import AdapterInfo, AdapterVersion, Tier
 
+log = logging.getLogger("jlorax.cache")
 M = TypeVar("M")
 T = TypeVar("T")
+
+_UPLOAD_BYTES_PER_S = 25e9  # of page-locked memory, about what a PCIe 4 or 5 link gives
+_PREFETCH_SHARE = 0.5  # of the host tier, for what waiting requests had loaded
+_NUM_LOOKUPS = 4  # threads that ask remotes, walk folders, remove files
+
+
+@dataclass
+class _InLine:
+    """Waits for a slot. ``packed`` None: to be loaded first."""
+
+    packed: PackedAdapter | None = None
+    is_acquired: bool = False  # the scheduler waits
+    askers: list[asyncio.Future[AdapterInfo]] = field(default_factory=list)  # who had it pinned
 
 
 class Cache:
@@ -58,129 +92,271 @@ class Cache:
         inbox: Mailbox[CacheMessage],
         scheduler: Mailbox[SchedulerMessage],
         runner: Mailbox[RunnerMessage],
-        registry: Registry,
-        loader: Loader,
-        host: HostTier[PackedAdapter],
-        slots: SlotTable,
+        tiers: AdapterTiers,
         metrics: Metrics,
+        num_loaders: int = 2,
     ) -> None:
         self._inbox = inbox
         self._scheduler = scheduler
         self._runner = runner
-        self._registry = registry
-        self._loader = loader
-        self._host = host
-        self._slots = slots
+        self._registry = tiers.registry
+        self._remote_names = tiers.remote_names
+        self._loader = tiers.loader
+        self._disk = tiers.disk
+        self._host = tiers.host
+        self._slots = tiers.slots
+        self._counts = tiers.counts
+        self._pin_at_start = tiers.pinned
         self._metrics = metrics
-        # Acquired and without a slot, first come first served; None: to be loaded.
-        self._line: dict[AdapterVersion, PackedAdapter | None] = {}
-        self._registrations: dict[AdapterVersion, LoadAdapter] = {}  # named, to be loaded
-        self._prefetches: dict[AdapterVersion, None] = {}  # to be loaded, in order
-        self._loading: AdapterVersion | None = None
+        self._queue = LoadQueue(num_loaders)
+        self._line: dict[AdapterVersion, _InLine] = {}  # first come first served
+        self._registrations: dict[AdapterVersion, tuple[LoadAdapter, Callable[[], None]]] = {}
+        self._asked: dict[AdapterVersion, list[asyncio.Future[AdapterInfo]]] = {}  # to be in RAM
         self._num_requests: Counter[AdapterVersion] = Counter()  # queued or running
+        self._missed_s: dict[AdapterVersion, float] = {}  # since when somebody waits for it
+        self._came_from: dict[AdapterVersion, Tier] = {}
+        self._load_s: dict[AdapterVersion, float] = {}
         self._sizes: dict[AdapterVersion, int] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
+        self._kept: dict[tuple[str, str], AdapterVersion] = {}  # (tenant, id) -> pinned version
+        self._threads = ThreadPoolExecutor(num_loaders, thread_name_prefix="adapter-load")
+        self._lookups = ThreadPoolExecutor(_NUM_LOOKUPS, thread_name_prefix="adapter-lookup")
+        self._host.is_wanted = self._is_wanted
 
     async def run(self) -> None:
         try:
+            self._pin_first()
             async for message in self._inbox:
-                match message:
-                    case Resolve():
-                        _answer(message.reply, self._resolve, message)
-                    case Prefetch(version):
-                        self._prefetch(version)
-                    case Forget(version):
-                        self._forget(version)
-                    case Acquire(version):
-                        self._acquire(version)
-                    case Release(version):
-                        self._slots.release(version)
-                        self._serve_line()
-                    case Loaded(version, packed, tier):
-                        self._loaded(version, packed, tier)
-                    case LoadFailed(version, error):
-                        self._load_failed(version, error)
-                    case LoadAdapter():
-                        await self._register(message)
-                    case UnloadAdapter():
-                        _answer(message.reply, self._unload, message)
-                    case ListAdapters():
-                        await _answer_from_thread(message.reply, self._list, message)
-                self._load_next()
+                await self._take(message)
+                self._start_loads()
         finally:
-            await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+            for pool in (self._threads, self._lookups):
+                await asyncio.to_thread(pool.shutdown, cancel_futures=True)
 
-    # ---- loading: one at a time, however many wait for it
+    async def _take(self, message: CacheMessage) -> None:
+        match message:
+            case Resolve():
+                self._answer_named(message)
+            case Prefetch(version):
+                self._prefetch(version)
+            case Forget(version):
+                self._forget(version)
+            case Acquire(version):
+                self._acquire(version)
+            case Release(version):
+                self._slots.release(version)
+                self._free_superseded(version)
+                self._serve_line()
+            case Loaded():
+                self._loaded(message)
+            case LoadFailed(version, error):
+                self._load_failed(version, error)
+            case SpoolDone():
+                self._spooled(message)
+            case Described(question, answer):
+                self._described(question, answer)
+            case LoadAdapter():
+                await self._register(message)
+            case UnloadAdapter():
+                _answer(message.reply, self._unload, message)
+            case PrefetchAdapter() | PinAdapter():
+                self._answer_named(message)
+            case ListAdapters():
+                self._scan(message)
+            case Scanned(request, seen):
+                _answer(request.reply, lambda request: self._list(request, seen), request)
+
+    # ---- names
+
+    def _answer_named(self, message: Resolve | PrefetchAdapter | PinAdapter) -> None:
+        """At once if the name is known on this machine, else when a remote has answered."""
+        if message.reply.done():
+            return
+        try:
+            record = self._find(message)
+        except Exception as error:
+            message.reply.set_exception(error)
+        else:
+            if record is not None:
+                self._named(message, record)
+
+    def _find(self, message: Resolve | PrefetchAdapter | PinAdapter) -> AdapterRecord | None:
+        """None: a remote is asked, and the message is answered then."""
+        source = message.source if isinstance(message, Resolve) else None
+        tenant, adapter_id = message.tenant, message.adapter_id
+        question = None if source == LOCAL else self._remote_names.question(adapter_id, source)
+        if source in (None, LOCAL):
+            record = self._registry.find(tenant, adapter_id, source)
+            if record is not None:
+                return record
+        if question is None:
+            raise AdapterNotFound(adapter_id)
+        known = self._remote_names.known(question)
+        if known is None and self._remote_names.wait(question, message):
+            self._lookups.submit(self._describe, question)
+        return known
+
+    def _describe(self, question: Question) -> None:
+        """On a lookup's thread."""
+        answer: Found | JLoraxError
+        try:
+            answer = Found(*self._loader.sources.describe(question.adapter_id, question.remotes))
+        except JLoraxError as error:
+            answer = error
+        except Exception as error:
+            answer = Unavailable(f"adapter {question.adapter_id!r} cannot be looked up: {error!r}")
+        self._inbox.post_from_thread(Described(question, answer))
+
+    def _described(self, question: Question, answer: Found | JLoraxError) -> None:
+        waiting, told = self._remote_names.answered(question, answer)
+        for message in waiting:
+            if message.reply.done():
+                continue
+            if isinstance(told, JLoraxError):
+                message.reply.set_exception(told)
+            else:
+                self._named(message, told)
+
+    def _named(
+        self, message: Resolve | PrefetchAdapter | PinAdapter, record: AdapterRecord
+    ) -> None:
+        self._follow_pin(record)
+        match message:
+            case Resolve():
+                message.reply.set_result(self._registry.used(record))
+            case PrefetchAdapter():
+                self._bring_to_ram(record, message.reply)
+            case PinAdapter(pinned=True):
+                self._pin(record.version, message.reply)
+            case PinAdapter():
+                self._unpin(record, message.reply)
+
+    # ---- loading
 
     def _prefetch(self, version: AdapterVersion) -> None:
         self._num_requests[version] += 1
-        if self._slots.lookup(version) is not None or version in self._host:
+        tier = self._tier(version)
+        self._counts.found(tier)
+        if tier in (Tier.DEVICE, Tier.HOST):
             self._scheduler.post(AdapterAtHand(version))
-        elif version != self._loading:
-            self._prefetches[version] = None
+            return
+        self._missed_s.setdefault(version, time.monotonic())
+        self._queue.add(version, Urgency.PREFETCH)
 
     def _forget(self, version: AdapterVersion) -> None:
         self._num_requests[version] -= 1
-        if not self._num_requests[version]:
-            del self._num_requests[version]
-            self._prefetches.pop(version, None)
+        if self._num_requests[version]:
+            return
+        del self._num_requests[version]
+        if version not in self._line and version not in self._asked:
+            self._queue.drop(version)
+            self._missed_s.pop(version, None)
+        self._free_superseded(version)
 
-    def _load_next(self) -> None:
-        """Whoever holds a place in line goes before whoever may want one later."""
-        if self._loading is not None:
-            return
-        acquired = (version for version, packed in self._line.items() if packed is None)
-        version = next(chain(acquired, self._registrations, self._prefetches), None)
-        if version is None:
-            return
-        self._prefetches.pop(version, None)
-        self._loading = version
+    def _is_wanted(self, version: AdapterVersion) -> bool:
+        """Whether a request waits for it in RAM."""
+        return version in self._num_requests and not self._slots.holds(version)
+
+    def _start_loads(self) -> None:
+        while ticket := self._queue.next(self._may_prefetch()):
+            self._start_load(ticket)
+
+    def _may_prefetch(self) -> bool:
+        """Not while what waits in RAM already fills much of it: later loads would push it out."""
+        enough = _PREFETCH_SHARE * self._host.max_bytes
+        if self._host.used_bytes <= enough:
+            return True
+        wanted = (self._sizes.get(v, 0) for v in self._host if self._is_wanted(v))
+        return sum(wanted) <= enough
+
+    def _start_load(self, ticket: Ticket) -> None:
+        version = ticket.version
         try:
             record = self._registry.record(version)
         except JLoraxError as error:  # superseded too long ago
             self._inbox.post(LoadFailed(version, error))
-        else:
-            self._thread.submit(self._load, record)
+            return
+        kept = None if self._disk is None else self._disk.find(self._loader.key(record))
+        self._threads.submit(self._load, ticket, record, kept)
 
-    def _load(self, record: AdapterRecord) -> None:
-        """On the loader's thread."""
-        message: CacheMessage
+    def _load(self, ticket: Ticket, record: AdapterRecord, kept: Path | None) -> None:
+        """On a loader's thread."""
+        start_s = time.monotonic()
         try:
-            packed, tier = self._loader.load(record)
-            message = Loaded(record.version, packed, tier)
+            load = self._loader.load(record, kept, lambda: ticket.is_wanted)
+        except LoadCancelled:
+            self._inbox.post_from_thread(LoadFailed(record.version, None))
+            return
         except JLoraxError as error:
-            message = LoadFailed(record.version, error)
+            self._inbox.post_from_thread(LoadFailed(record.version, error))
+            return
         except Exception as error:  # a request's adapter must never end the engine
             reason = f"cannot be read: {error!r}"
-            message = LoadFailed(
-                record.version, AdapterInvalid(record.version.adapter_id, "its files", reason)
-            )
-        self._inbox.post_from_thread(message)
+            failure = AdapterInvalid(record.version.adapter_id, "its files", reason)
+            self._inbox.post_from_thread(LoadFailed(record.version, failure))
+            return
+        seconds = time.monotonic() - start_s
+        self._inbox.post_from_thread(
+            Loaded(record.version, load.packed, load.tier, seconds, load.kept_is_damaged)
+        )
+        if load.tier is Tier.SOURCE and self._disk is not None:
+            self._inbox.post_from_thread(SpoolDone(self._spool(record, load.built)))
 
-    def _loaded(self, version: AdapterVersion, packed: PackedAdapter, tier: Tier) -> None:
-        self._loading = None
-        self._metrics.adapter_loaded(tier)
+    def _spool(self, record: AdapterRecord, built: PackedAdapter) -> Spooled | None:
+        """On the same thread: the request need not wait for the disk, the next load has to."""
+        assert self._disk is not None
+        try:
+            return self._loader.spool(record, built, self._disk.folder)
+        except OSError:
+            return None
+
+    def _spooled(self, message: SpoolDone) -> None:
+        assert self._disk is not None
+        spooled = message.spooled
+        if spooled is None:
+            self._disk.failed_writes += 1
+            return
+        gone = self._disk.take(spooled.source, spooled.digest, spooled.path, spooled.size_bytes)
+        if gone:
+            self._lookups.submit(remove, gone)
+
+    def _loaded(self, message: Loaded) -> None:
+        version, packed = message.version, message.packed
+        self._queue.done(version)
+        self._metrics.adapter_loaded(message.tier)
+        record = self._registry.known(version)
+        if message.kept_is_damaged and self._disk is not None and record is not None:
+            self._lookups.submit(remove, self._disk.drop(self._loader.key(record)))
+        self._came_from[version] = message.tier
+        self._load_s[version] = message.seconds
         self._sizes[version] = packed.size_bytes
-        self._host.put(version, packed, packed.size_bytes)
+        self._host.put(version, packed, packed.size_bytes, message.seconds)
         self._scheduler.post(AdapterAtHand(version))
         if version in self._line:
-            self._line[version] = packed
+            self._line[version].packed = packed
             self._serve_line()
-        registration = self._registrations.pop(version, None)
-        if registration is not None and not registration.reply.done():
-            registration.reply.set_result(self._info(self._registry.record(version)))
+        self._tell_asked(version, None)
+        self._free_superseded(version)
 
-    def _load_failed(self, version: AdapterVersion, error: JLoraxError) -> None:
-        self._loading = None
+    def _load_failed(self, version: AdapterVersion, error: JLoraxError | None) -> None:
+        self._queue.done(version)
+        if error is None:
+            self._want_again(version)
+            return
+        self._missed_s.pop(version, None)
         if version in self._line:
             self._refuse(version, error)
         else:
             self._scheduler.post(AdapterUnloadable(version, error))
-        registration = self._registrations.pop(version, None)
-        if registration is not None:
-            self._registry.unregister(registration.adapter_id, registration.tenant)
-            if not registration.reply.done():
-                registration.reply.set_exception(error)
+        self._tell_asked(version, error)
+
+    def _want_again(self, version: AdapterVersion) -> None:
+        """Its load was given up; by now somebody may want it after all."""
+        if version in self._line:
+            self._queue.add(version, Urgency.ACQUIRED)
+        elif version in self._asked:
+            self._queue.add(version, Urgency.ASKED)
+        elif version in self._num_requests:
+            self._queue.add(version, Urgency.PREFETCH)
 
     # ---- slots
 
@@ -188,43 +364,142 @@ class Cache:
         assignment = self._slots.lookup(version)
         if assignment is not None:
             self._slots.pin(version)
-            self._metrics.adapter_hit()
             self._scheduler.post(AdapterReady(version, assignment.slot, assignment.reach))
             return
-        self._metrics.adapter_miss()
-        packed = self._host.get(version)
-        self._line[version] = packed
-        if packed is None:
+        self._stand_in_line(version).is_acquired = True
+        if self._line[version].packed is None:
             self._scheduler.post(AdapterLoading(version))
         else:
             self._serve_line()
 
+    def _stand_in_line(self, version: AdapterVersion) -> _InLine:
+        place = self._line.setdefault(version, _InLine())
+        if place.packed is None:
+            place.packed = self._host.get(version)
+            if version not in self._missed_s:
+                self._missed_s[version] = time.monotonic()
+                self._came_from[version] = Tier.HOST  # or what a load says
+        if place.packed is None:
+            self._queue.add(version, Urgency.ACQUIRED)
+        return place
+
     def _serve_line(self) -> None:
         """Gives slots in the line's order; whoever is still loading holds up nobody."""
-        for version, packed in list(self._line.items()):
-            if packed is None:
+        for version, place in list(self._line.items()):
+            if place.packed is None:
                 continue
-            need = packed.need(self._loader.layout)
-            if not self._slots.can_ever_fit(need):
-                self._refuse(version, _too_large(version, packed))
-                continue
-            reach = self._loader.layout.reach(packed.entries)
-            assignment = self._slots.assign(version, need, reach)
-            if assignment is None:
+            if (error := self._why_never(version, place)) is not None:
+                self._refuse(version, error)
+            elif not self._place(version, place.packed):
                 return
-            del self._line[version]
+
+    def _why_never(self, version: AdapterVersion, place: _InLine) -> JLoraxError | None:
+        assert place.packed is not None
+        layout = self._loader.layout
+        need = place.packed.need(layout)
+        if not self._slots.can_ever_fit(need):
+            return _too_large(version, place.packed)
+        if not place.is_acquired and not self._slots.can_keep(version, need, layout.most_pages):
+            return _no_room_to_pin(version)
+        return None
+
+    def _place(self, version: AdapterVersion, packed: PackedAdapter) -> bool:
+        """Writes it into the bank. False: too much is pinned."""
+        layout = self._loader.layout
+        upload_s = packed.size_bytes / _UPLOAD_BYTES_PER_S
+        reload_s = 0.0 if version in self._host else self._load_s.get(version, 0.0)
+        reach = layout.reach(packed.entries)
+        assignment = self._slots.assign(
+            version,
+            packed.need(layout),
+            reach,
+            reload_s=upload_s + reload_s,
+            size_bytes=packed.size_bytes,
+        )
+        if assignment is None:
+            return False
+        place = self._line.pop(version)
+        self._runner.post(WriteSlot(slot_write(packed, assignment, layout)))
+        self._metrics.adapter_uploaded(packed.size_bytes)
+        self._note_usable(version)
+        if place.is_acquired:
             self._slots.pin(version)
-            self._runner.post(WriteSlot(slot_write(packed, assignment, self._loader.layout)))
             self._scheduler.post(AdapterReady(version, assignment.slot, reach))
+        if place.askers:
+            self._keep(version, place.askers)
+        return True
+
+    def _note_usable(self, version: AdapterVersion) -> None:
+        missed_s = self._missed_s.pop(version, None)
+        tier = self._came_from.pop(version, Tier.HOST)
+        if missed_s is not None:
+            self._metrics.adapter_usable(tier, time.monotonic() - missed_s)
 
     def _refuse(self, version: AdapterVersion, error: JLoraxError) -> None:
-        del self._line[version]
-        self._scheduler.post(AdapterFailed(version, error))
+        place = self._line.pop(version)
+        if place.is_acquired:
+            self._scheduler.post(AdapterFailed(version, error))
+        for reply in place.askers:
+            self._kept.pop((version.tenant, version.adapter_id), None)
+            if not reply.done():
+                reply.set_exception(error)
+
+    # ---- pinned by an operator
+
+    def _pin_first(self) -> None:
+        """Those that the configuration names; one that cannot be had is only missed."""
+        loop = asyncio.get_running_loop()
+        for adapter_id in self._pin_at_start:
+            reply: asyncio.Future[AdapterInfo] = loop.create_future()
+            reply.add_done_callback(_note_unpinned)
+            self._answer_named(PinAdapter(DEFAULT_TENANT, adapter_id, True, reply))
+        self._start_loads()
+
+    def _pin(self, version: AdapterVersion, reply: asyncio.Future[AdapterInfo]) -> None:
+        self._kept[version.tenant, version.adapter_id] = version
+        if not self._slots.holds(version):
+            self._stand_in_line(version).askers.append(reply)
+            self._serve_line()
+            return
+        assignment = self._slots.lookup(version)
+        assert assignment is not None
+        need = {pool: len(pages) for pool, pages in assignment.pages.items()}
+        if self._slots.can_keep(version, need, self._loader.layout.most_pages):
+            self._keep(version, [reply])
+        else:
+            del self._kept[version.tenant, version.adapter_id]
+            reply.set_exception(_no_room_to_pin(version))
+
+    def _keep(self, version: AdapterVersion, askers: list[asyncio.Future[AdapterInfo]]) -> None:
+        if self._kept.get((version.tenant, version.adapter_id)) == version:
+            self._slots.keep(version, True)
+        info = self._info(self._registry.record(version))
+        for reply in askers:
+            if not reply.done():
+                reply.set_result(info)
+
+    def _unpin(self, record: AdapterRecord, reply: asyncio.Future[AdapterInfo]) -> None:
+        self._let_go(record.version)
+        reply.set_result(self._info(record))
+
+    def _let_go(self, version: AdapterVersion) -> None:
+        """Its name is pinned no longer, whichever version was."""
+        kept = self._kept.pop((version.tenant, version.adapter_id), None)
+        if kept is not None and self._slots.holds(kept):
+            self._slots.keep(kept, False)
+
+    def _follow_pin(self, record: AdapterRecord) -> None:
+        """A pinned name means other weights by now: they take over."""
+        name = (record.version.tenant, record.version.adapter_id)
+        kept = self._kept.get(name)
+        if kept is None or kept == record.version:
+            return
+        self._let_go(record.version)
+        reply: asyncio.Future[AdapterInfo] = asyncio.get_running_loop().create_future()
+        reply.add_done_callback(_note_unpinned)
+        self._pin(record.version, reply)
 
     # ---- the API
-
-    def _resolve(self, message: Resolve) -> AdapterVersion:
-        return self._registry.resolve(message.tenant, message.adapter_id, message.source)
 
     async def _register(self, message: LoadAdapter) -> None:
         """Names a folder; the answer comes when its weights are read, so that a bad one is refused.
@@ -232,26 +507,56 @@ class Cache:
         The actor waits for the name, which is quick, and not for the load, which stands in line.
         """
         try:
-            version = await asyncio.to_thread(self._name, message)
+            version, undo = await asyncio.to_thread(self._name, message)
         except Exception as error:
             if not message.reply.done():
                 message.reply.set_exception(error)
-        else:
-            self._registrations[version] = message
+            return
+        self._follow_pin(self._registry.record(version))
+        self._registrations[version] = (message, undo)
+        self._bring_to_ram(self._registry.record(version), message.reply)
 
-    def _name(self, message: LoadAdapter) -> AdapterVersion:
-        if self._registry.adapter_root is None:
+    def _name(self, message: LoadAdapter) -> tuple[AdapterVersion, Callable[[], None]]:
+        """(the version, what takes the name back)."""
+        registry, adapter_id, tenant = self._registry, message.adapter_id, message.tenant
+        if registry.adapter_root is None:
             raise Unavailable("the server has no --adapter-root to load adapters from")
-        folder = self._registry.folder_under_root(message.folder)
-        return self._registry.register(message.adapter_id, folder, message.tenant)
+        folder = registry.folder_under_root(message.folder)
+        if not message.replace:
+            version = registry.register(adapter_id, folder, tenant)
+            return version, lambda: registry.forget(version)
+        version, old = registry.replace(adapter_id, folder, tenant)
+        return version, lambda: registry.restore(version, old)
+
+    def _bring_to_ram(self, record: AdapterRecord, reply: asyncio.Future[AdapterInfo]) -> None:
+        version = record.version
+        if version in self._host or self._slots.holds(version):
+            self._registrations.pop(version, None)
+            if not reply.done():
+                reply.set_result(self._info(record))
+            return
+        self._asked.setdefault(version, []).append(reply)
+        self._queue.add(version, Urgency.ASKED)
+
+    def _tell_asked(self, version: AdapterVersion, error: JLoraxError | None) -> None:
+        registration = self._registrations.pop(version, None)
+        if registration is not None and error is not None:
+            registration[1]()
+        for reply in self._asked.pop(version, []):
+            if reply.done():
+                continue
+            if error is not None:
+                reply.set_exception(error)
+            else:
+                reply.set_result(self._info(self._registry.record(version)))
 
     def _unload(self, message: UnloadAdapter) -> None:
-        """Forgets the name and frees its memory.
+        """Frees the adapter's memory; a registered name is forgotten too.
 
         When forced, whoever named it already is answered all the same: who runs keeps its slot, who
         waits loads it again, and gets a clear error when the files are gone.
         """
-        version = self._registry.registered_version(message.adapter_id, message.tenant)
+        version, is_registered = self._to_unload(message)
         if version in self._registrations:
             raise AdapterConflict(f"adapter {message.adapter_id!r} is still being loaded")
         if self._num_requests[version] and not message.force:
@@ -259,15 +564,53 @@ class Cache:
                 f"{self._num_requests[version]} requests use adapter {message.adapter_id!r}; "
                 "use force to unload it"
             )
-        self._registry.unregister(message.adapter_id, message.tenant)
+        if is_registered:
+            self._registry.unregister(message.adapter_id, message.tenant)
+        self._let_go(version)
+        self._free(version)
+
+    def _to_unload(self, message: UnloadAdapter) -> tuple[AdapterVersion, bool]:
+        """(version, whether the name was registered here)."""
+        try:
+            return self._registry.registered_version(message.adapter_id, message.tenant), True
+        except AdapterNotFound:
+            version = self._registry.known_version(message.adapter_id)
+            if version is None:
+                raise
+            return version, False
+
+    def _free_superseded(self, version: AdapterVersion) -> None:
+        """Nobody will ask for it again."""
+        if not self._num_requests[version] and not self._registry.is_current(version):
+            self._free(version)
+
+    def _free(self, version: AdapterVersion) -> None:
         self._host.drop(version)
-        self._sizes.pop(version, None)
-        if self._slots.lookup(version) is not None and not self._slots.num_pins(version):
+        for book in (self._sizes, self._load_s, self._came_from):
+            book.pop(version, None)
+        if not self._num_requests[version]:
+            self._num_requests.pop(version, None)
+        if self._slots.holds(version) and not self._slots.num_pins(version):
             self._slots.evict(version)
 
-    def _list(self, message: ListAdapters) -> list[AdapterInfo]:
+    def _scan(self, message: ListAdapters) -> None:
+        """Walking ten thousand folders takes a second: on a thread."""
+        look = self._registry.survey()
+
+        def scan() -> None:
+            try:
+                self._inbox.post_from_thread(Scanned(message, look()))
+            except Exception as error:
+                loop.call_soon_threadsafe(_fail, message.reply, error)
+
+        loop = asyncio.get_running_loop()
+        if not message.reply.done():
+            self._lookups.submit(scan)
+
+    def _list(self, message: ListAdapters, seen: list[Seen]) -> list[AdapterInfo]:
         visible = (message.tenant, DEFAULT_TENANT)
-        return [self._info(r) for r in self._registry.list() if r.version.tenant in visible]
+        records = self._registry.merge(seen)
+        return [self._info(record) for record in records if record.version.tenant in visible]
 
     def _info(self, record: AdapterRecord) -> AdapterInfo:
         version = record.version
@@ -276,25 +619,49 @@ class Cache:
             tenant=version.tenant,
             generation=version.generation,
             source=record.source,
-            tier=self._tier(record),
+            tier=self._tier(version),
             rank=record.rank,
             target_modules=record.target_modules,
-            size_bytes=self._sizes.get(version),
+            size_bytes=self._size_bytes(record),
             num_requests=record.num_requests,
             last_used_s=record.last_used_s,
+            pinned=self._kept.get((version.tenant, version.adapter_id)) == version,
         )
 
-    def _tier(self, record: AdapterRecord) -> Tier:
-        if record.version in self._slots.versions:
+    def _size_bytes(self, record: AdapterRecord) -> int | None:
+        size_bytes = self._sizes.get(record.version)
+        if size_bytes is None and self._disk is not None:
+            return self._disk.size_bytes(self._loader.key(record))
+        return size_bytes
+
+    def _tier(self, version: AdapterVersion) -> Tier:
+        """The fastest that has it."""
+        if self._slots.holds(version):
             return Tier.DEVICE
-        if record.version in self._host:
+        if version in self._host:
             return Tier.HOST
-        return Tier.DISK if self._loader.has(record) else Tier.SOURCE
+        record = self._registry.known(version)
+        if record is None or self._disk is None:
+            return Tier.SOURCE
+        kept = self._disk.size_bytes(self._loader.key(record))
+        return Tier.SOURCE if kept is None else Tier.DISK
 
 
 def _too_large(version: AdapterVersion, packed: PackedAdapter) -> JLoraxError:
     reason = f"its {packed.size_bytes} bytes do not fit the adapter bank (--adapter-bank-bytes)"
     return AdapterInvalid(version.adapter_id, "its weights", reason)
+
+
+def _no_room_to_pin(version: AdapterVersion) -> JLoraxError:
+    return AdapterConflict(
+        f"adapter {version.adapter_id!r} cannot be pinned: with those pinned already, the bank "
+        "would have no room left for another adapter of the largest rank"
+    )
+
+
+def _note_unpinned(reply: asyncio.Future[AdapterInfo]) -> None:
+    if not reply.cancelled() and (error := reply.exception()) is not None:
+        log.error("an adapter that was to be pinned is not: %s", error)
 
 
 def _answer(reply: asyncio.Future[T], work: Callable[[M], T], message: M) -> None:
@@ -307,14 +674,6 @@ def _answer(reply: asyncio.Future[T], work: Callable[[M], T], message: M) -> Non
         reply.set_exception(error)
 
 
-async def _answer_from_thread(reply: asyncio.Future[T], work: Callable[[M], T], message: M) -> None:
-    """As ``_answer``, for work that walks a disk: the loop goes on. The actor waits, so that its
-    books keep one writer."""
-    try:
-        result = await asyncio.to_thread(work, message)
-    except Exception as error:
-        if not reply.done():
-            reply.set_exception(error)
-    else:
-        if not reply.done():
-            reply.set_result(result)
+def _fail(reply: asyncio.Future[T], error: Exception) -> None:
+    if not reply.done():
+        reply.set_exception(error)

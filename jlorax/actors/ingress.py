@@ -36,9 +36,8 @@ class Limits:
 
 
 class Ingress:
-    """Several workers read one inbox, so that a slow resolve holds up nobody else."""
-
-    NUM_WORKERS = 8
+    """A task a request, so that a name that a remote has to be asked for, or a long prompt, holds
+    up nobody else. The engine bounds how many requests are open."""
 
     def __init__(
         self,
@@ -55,13 +54,9 @@ class Ingress:
         self._limits = limits
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as workers:
-            for _ in range(self.NUM_WORKERS):
-                workers.create_task(self._work())
-
-    async def _work(self) -> None:
-        async for message in self._inbox:
-            await self._submit(message)
+        async with asyncio.TaskGroup() as tasks:
+            async for message in self._inbox:
+                tasks.create_task(self._submit(message))
 
     async def _submit(self, message: Submit) -> None:
         """Always answers: a sequence for the scheduler, or an error on the stream."""

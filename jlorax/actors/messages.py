@@ -6,7 +6,10 @@ import asyncio
 from dataclasses import dataclass
 
 from jlorax.actors.stream import TokenStream
+from jlorax.adapters.loader import Spooled
 from jlorax.adapters.pack import PackedAdapter
+from jlorax.adapters.registry import Seen
+from jlorax.adapters.remote_names import Found, Question
 from jlorax.device.device import HostOutput
 from jlorax.errors import JLoraxError
 from jlorax.layout import LoraReach, SlotWrite
@@ -134,22 +137,54 @@ class Release:
 
 @dataclass(frozen=True)
 class Loaded:
+    """``seconds``: what the load took. ``kept_is_damaged``: its file in the disk tier was."""
+
     version: AdapterVersion
     packed: PackedAdapter
     tier: Tier
+    seconds: float
+    kept_is_damaged: bool
 
 
 @dataclass(frozen=True)
 class LoadFailed:
+    """``error`` None: it was given up, because nobody wanted it any more."""
+
     version: AdapterVersion
-    error: JLoraxError
+    error: JLoraxError | None
+
+
+@dataclass(frozen=True)
+class SpoolDone:
+    """A packed file lies beside the disk tier's own. None: the disk would not take it."""
+
+    spooled: Spooled | None
+
+
+@dataclass(frozen=True)
+class Described:
+    """What remotes said of a name."""
+
+    question: Question
+    answer: Found | JLoraxError
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """What lies under the adapter root, for a ListAdapters."""
+
+    request: ListAdapters
+    seen: list[Seen]
 
 
 @dataclass(frozen=True)
 class LoadAdapter:
+    """``replace``: the name may be taken; running requests keep what they started with."""
+
     tenant: str
     adapter_id: str
     folder: str
+    replace: bool
     reply: asyncio.Future[AdapterInfo]
 
 
@@ -159,6 +194,25 @@ class UnloadAdapter:
     adapter_id: str
     force: bool
     reply: asyncio.Future[None]
+
+
+@dataclass(frozen=True)
+class PrefetchAdapter:
+    """Answered once it is in RAM."""
+
+    tenant: str
+    adapter_id: str
+    reply: asyncio.Future[AdapterInfo]
+
+
+@dataclass(frozen=True)
+class PinAdapter:
+    """``pinned``: answered once it is in the bank, where it stays until it is unpinned."""
+
+    tenant: str
+    adapter_id: str
+    pinned: bool
+    reply: asyncio.Future[AdapterInfo]
 
 
 @dataclass(frozen=True)
@@ -187,7 +241,12 @@ CacheMessage = (
     | Release
     | Loaded
     | LoadFailed
+    | SpoolDone
+    | Described
+    | Scanned
     | LoadAdapter
     | UnloadAdapter
+    | PrefetchAdapter
+    | PinAdapter
     | ListAdapters
 )

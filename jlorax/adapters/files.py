@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
-from jlorax.errors import AdapterInvalid
+from jlorax.errors import AdapterChanged, AdapterInvalid
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -21,7 +23,11 @@ UNSAFE_FILES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 MAX_CONFIG_BYTES = 4 * 2**20
 
 
-@dataclass(frozen=True)
+def _fresh(num_bytes: int) -> memoryview:
+    return memoryview(bytearray(num_bytes))
+
+
+@dataclass(frozen=True, slots=True)
 class FileIdentity:
     """What tells one content of a file from the next without reading it."""
 
@@ -35,7 +41,7 @@ class FileIdentity:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceIdentity:
     """Both files of an adapter."""
 
@@ -66,12 +72,20 @@ def is_unchanged(folder: Path, identity: SourceIdentity) -> bool:
 
 
 def read_file(
-    folder: Path, name: str, adapter_id: str, max_bytes: int, root: Path | None = None
-) -> tuple[bytes, FileIdentity]:
-    """The whole of one regular file that lies inside ``root`` (default: inside the folder)."""
+    folder: Path,
+    name: str,
+    adapter_id: str,
+    max_bytes: int,
+    root: Path | None = None,
+    memory: Callable[[int], memoryview] = _fresh,
+) -> tuple[memoryview, FileIdentity]:
+    """The whole of one regular file that lies inside ``root`` (default: inside the folder).
+
+    ``memory``: gives room for so many bytes; the answer is a part of it.
+    """
     path = _resolve(folder, name, adapter_id, root)
     descriptor = _open(path, name, adapter_id)
-    with os.fdopen(descriptor, "rb") as file:
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
         before = os.fstat(descriptor)
         if before.st_size > max_bytes:
             raise AdapterInvalid(
@@ -80,10 +94,19 @@ def read_file(
                 f"it has {before.st_size} bytes, more than the {max_bytes} that an adapter of the "
                 "allowed rank on this model can need",
             )
-        data = file.read(before.st_size + 1)
-        if len(data) != before.st_size or os.fstat(descriptor).st_mtime_ns != before.st_mtime_ns:
-            raise AdapterInvalid(adapter_id, name, "changed while it was loaded")
-    return data, FileIdentity.of(before)
+        room = memory(before.st_size + 1)
+        num_bytes = _fill(file, room)
+        if num_bytes != before.st_size or os.fstat(descriptor).st_mtime_ns != before.st_mtime_ns:
+            raise AdapterChanged(adapter_id, name)
+    return room[:num_bytes], FileIdentity.of(before)
+
+
+def _fill(file: RawIOBase, room: memoryview) -> int:
+    """Reads until the room is full or the file ends."""
+    num_bytes = 0
+    while num_bytes < len(room) and (more := file.readinto(room[num_bytes:])):
+        num_bytes += more
+    return num_bytes
 
 
 def is_within(path: Path, root: Path) -> bool:

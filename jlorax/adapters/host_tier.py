@@ -1,62 +1,74 @@
-"""Host RAM: opaque values by version, the least recently used go first. Never looks inside."""
+"""Host RAM: opaque values by version; counts and evicts by bytes. Never looks inside."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from jlorax.adapters.worth import Worth
 from jlorax.errors import ConfigError
 from jlorax.types import AdapterVersion
 
 V = TypeVar("V")
 
 
+def _nobody(version: AdapterVersion) -> bool:
+    return False
+
+
 @dataclass
 class HostTier(Generic[V]):
-    """At most ``max_bytes`` of values. A value larger than the whole tier is not kept."""
+    """At most ``max_bytes`` of values. A value larger than the whole tier is not kept.
+
+    ``is_wanted``: somebody waits for it. Those go last, or loads for several would chase each other
+    out before anyone was served.
+    """
 
     max_bytes: int
+    is_wanted: Callable[[AdapterVersion], bool] = _nobody
     used_bytes: int = field(default=0, init=False)
-    hits: int = field(default=0, init=False)
-    misses: int = field(default=0, init=False)
     evictions: int = field(default=0, init=False)
+    # from the least to the most recently used
     _values: OrderedDict[AdapterVersion, tuple[V, int]] = field(
         default_factory=OrderedDict, init=False
     )
+    _worth: Worth[AdapterVersion] = field(default_factory=Worth, init=False)
 
     def __post_init__(self) -> None:
         if self.max_bytes < 0:
             raise ConfigError(f"host_cache_bytes is {self.max_bytes}, must be at least 0")
 
     def get(self, version: AdapterVersion) -> V | None:
-        if version not in self._values:
-            self.misses += 1
+        """It counts as used now."""
+        entry = self._values.get(version)
+        if entry is None:
             return None
-        self.hits += 1
         self._values.move_to_end(version)
-        return self._values[version][0]
+        self._worth.use(version)
+        return entry[0]
 
-    def put(self, version: AdapterVersion, value: V, size_bytes: int) -> bool:
-        """False when it cannot be kept at all."""
+    def put(
+        self, version: AdapterVersion, value: V, size_bytes: int, reload_s: float = 1.0
+    ) -> bool:
+        """``reload_s``: what it took to load. False when it cannot be kept at all."""
         self.drop(version)
         if size_bytes > self.max_bytes:
             return False
-        while self.used_bytes + size_bytes > self.max_bytes:
-            _, (_, freed_bytes) = self._values.popitem(last=False)
-            self.used_bytes -= freed_bytes
-            self.evictions += 1
+        if self.used_bytes + size_bytes > self.max_bytes:
+            self._make_room(size_bytes)
         self._values[version] = (value, size_bytes)
+        self._worth.enter(version, reload_s, size_bytes)
         self.used_bytes += size_bytes
         return True
 
     def drop(self, version: AdapterVersion) -> bool:
         """Forgets it, which is no eviction. False when it was not here."""
-        entry = self._values.pop(version, None)
-        if entry is None:
+        if version not in self._values:
             return False
-        self.used_bytes -= entry[1]
+        self._worth.leave(version)
+        self._remove(version)
         return True
 
     def __contains__(self, version: object) -> bool:
@@ -68,3 +80,16 @@ class HostTier(Generic[V]):
     def __iter__(self) -> Iterator[AdapterVersion]:
         """From the least to the most recently used."""
         return iter(self._values)
+
+    def _make_room(self, size_bytes: int) -> None:
+        by_worth = self._worth.cheapest_first(self._values)
+        for version in sorted(by_worth, key=self.is_wanted):
+            if self.used_bytes + size_bytes <= self.max_bytes:
+                return
+            self._worth.evict(version)
+            self._remove(version)
+            self.evictions += 1
+
+    def _remove(self, version: AdapterVersion) -> None:
+        _, size_bytes = self._values.pop(version)
+        self.used_bytes -= size_bytes

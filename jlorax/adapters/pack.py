@@ -1,4 +1,4 @@
-"""Packs an adapter into the bank's pages, in one buffer, and that buffer into a file.
+"""Packs an adapter into the bank's pages, in one buffer; ``packed_file`` puts it on disk.
 
 y += scaling * (x @ A.T) @ B.T becomes, with pages of 8 rank columns,
     h[r] = scaling[projection, layer] * (x . page_a[r // 8, layer, r % 8])
@@ -6,19 +6,12 @@ y += scaling * (x @ A.T) @ B.T becomes, with pages of 8 rank columns,
     page_a: dtype[n, L, 8, d_in]   page_b: dtype[n, L, 8, d_out]
 The scaling stays float32 beside the pages: folded into a bfloat16 B it would be rounded.
 The buffer is what travels to the device: pool after pool, then padding to a size that has an
-executable; the file leaves the padding out.
-
-    file: magic 8 | header length u32, crc32 u32 | JSON header, padded to 64 | scaling | pages
-The JSON holds one crc32 per MiB of what follows, so that a damaged file is noticed at a read.
+executable.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +21,6 @@ import numpy as np
 from jlorax.adapters.peft import Adapter, LayerWeights, all_finite
 from jlorax.errors import AdapterInvalid
 from jlorax.layout import (
-    ALIGN_BYTES,
     RANK_PAGE,
     BankLayout,
     HostBuffer,
@@ -37,18 +29,12 @@ from jlorax.layout import (
     rank_pages,
 )
 
-MAGIC = b"JLORAX\x00\x01"  # the last byte is the format's version
-CHUNK_BYTES = 2**20
-_PREFIX = struct.Struct("<8sII")
+Blank = Callable[[int], np.ndarray]
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-
-
-class PackCorrupt(Exception):
-    """A packed file is damaged, or was packed for another layout. Load from the source again."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +68,12 @@ class PackedAdapter:
         return layout.pages_needed(self.ranks)
 
 
-def pack(adapter: Adapter, layout: BankLayout) -> PackedAdapter:
+def pack(adapter: Adapter, layout: BankLayout, blank: Blank = aligned_zeros) -> PackedAdapter:
+    """``blank``: gives so many bytes of zeros, u8[num_bytes], aligned as the device likes it."""
     ranks = adapter.ranks
     need = layout.pages_needed(ranks)
     entries = _entries(ranks, layout)
-    buffer = _empty_buffer(need, layout)
+    buffer = blank_buffer(need, layout, blank)
     pages = page_views(buffer, need, layout)
     scaling = np.zeros((len(layout.projections), layout.max_layers), np.float32)
     with np.errstate(over="ignore"):  # a float32 beyond bfloat16 is found below
@@ -95,59 +82,14 @@ def pack(adapter: Adapter, layout: BankLayout) -> PackedAdapter:
             for layer, weights in layers.items():
                 scaling[layout.index[name], layer] = weights.scaling
     _check_finite(adapter, buffer, layout)
-    buffer.flags.writeable = False
     return PackedAdapter(buffer, entries, scaling, ranks)
 
 
-def layout_fingerprint(layout: BankLayout) -> str:
-    """Equal for two layouts exactly when a file packed for one fits the other."""
-    projections = [[p.name, p.path, p.d_in, p.d_out, p.num_layers] for p in layout.projections]
-    parts = [MAGIC.hex(), RANK_PAGE, layout.dtype, layout.max_rank, projections]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def to_bytes(packed: PackedAdapter, layout: BankLayout) -> bytes:
-    num_bytes = _page_bytes(packed.need(layout), layout)
-    pages = np.asarray(packed.buffer).reshape(-1).view(np.uint8)[:num_bytes]
-    body = packed.scaling.tobytes() + pages.tobytes()
-    header = {
-        "layout": layout_fingerprint(layout),
-        "ranks": dict(packed.ranks),
-        "scaling": list(packed.scaling.shape),
-        "body_bytes": len(body),
-        "crc32": [zlib.crc32(chunk) for chunk in _chunks(memoryview(body))],
-    }
-    text = json.dumps(header).encode()
-    text += b" " * (-(_PREFIX.size + len(text)) % ALIGN_BYTES)
-    return _PREFIX.pack(MAGIC, len(text), zlib.crc32(text)) + text + body
-
-
-def from_bytes(data: bytes | memoryview, layout: BankLayout) -> PackedAdapter:
-    """The adapter, every checksum verified. PackCorrupt when anything is off."""
-    header, body = _open(memoryview(data))
-    if header["layout"] != layout_fingerprint(layout):
-        raise PackCorrupt("packed for another base model, dtype or rank limit")
-    ranks = {str(name): int(rank) for name, rank in header["ranks"].items()}
-    need = layout.pages_needed(ranks)
-    shape = tuple(header["scaling"])
-    scaling_bytes = 4 * shape[0] * shape[1]
-    if len(body) != scaling_bytes + _page_bytes(need, layout):
-        raise PackCorrupt("its size does not follow from its ranks")
-    scaling = np.frombuffer(body[:scaling_bytes], np.float32).reshape(shape)
-    pages = np.frombuffer(body[scaling_bytes:], np.uint8)
-    buffer = _empty_buffer(need, layout)
-    buffer.reshape(-1).view(np.uint8)[: len(pages)] = pages
-    buffer.flags.writeable = False
+def assemble(
+    ranks: Mapping[str, int], scaling: np.ndarray, buffer: HostBuffer, layout: BankLayout
+) -> PackedAdapter:
+    """Of a filled ``blank_buffer`` of these ranks."""
     return PackedAdapter(buffer, _entries(ranks, layout), scaling, ranks)
-
-
-def is_intact(data: bytes | memoryview) -> bool:
-    """Whether the checksums hold, for whatever layout it is."""
-    try:
-        _open(memoryview(data))
-    except PackCorrupt:
-        return False
-    return True
 
 
 def _entries(ranks: Mapping[str, int], layout: BankLayout) -> dict[str, Entry]:
@@ -179,13 +121,15 @@ def page_views(
     return views
 
 
-def _empty_buffer(need: Mapping[PoolKey, int], layout: BankLayout) -> np.ndarray:
+def blank_buffer(need: Mapping[PoolKey, int], layout: BankLayout, blank: Blank) -> np.ndarray:
+    """Zeros, as large as these pages travel in."""
     dtype, num_units = DTYPES[layout.dtype], layout.buffer_size(need)
-    zeros = aligned_zeros(num_units * layout.unit * dtype.itemsize)
+    zeros = blank(num_units * layout.unit * dtype.itemsize)
     return zeros.view(dtype).reshape(num_units, layout.unit)
 
 
-def _page_bytes(need: Mapping[PoolKey, int], layout: BankLayout) -> int:
+def page_bytes(need: Mapping[PoolKey, int], layout: BankLayout) -> int:
+    """Without padding."""
     return sum(num_pages * layout.page_bytes(pool) for pool, num_pages in need.items())
 
 
@@ -215,31 +159,12 @@ def _fill_layer(pages: np.ndarray, columns: np.ndarray) -> None:
 
 
 def _check_finite(adapter: Adapter, buffer: np.ndarray, layout: BankLayout) -> None:
-    if layout.dtype == "bfloat16" and not all_finite(buffer):
+    narrowed = layout.dtype == "bfloat16" and any(
+        weights.a.dtype != DTYPES["bfloat16"] or weights.b.dtype != DTYPES["bfloat16"]
+        for layers in adapter.weights.values()
+        for weights in layers.values()
+    )
+    if narrowed and not all_finite(buffer):
         raise AdapterInvalid(
             adapter.adapter_id, "weights", "some values are too large for bfloat16"
         )
-
-
-def _chunks(body: memoryview) -> Iterator[memoryview]:
-    return (body[i : i + CHUNK_BYTES] for i in range(0, len(body), CHUNK_BYTES))
-
-
-def _open(data: memoryview) -> tuple[dict[str, Any], memoryview]:
-    """(header, body) with every checksum verified."""
-    if len(data) < _PREFIX.size:
-        raise PackCorrupt("too short")
-    magic, length, crc32 = _PREFIX.unpack(data[: _PREFIX.size])
-    if magic != MAGIC:
-        raise PackCorrupt("not a packed adapter of this version")
-    text = data[_PREFIX.size : _PREFIX.size + length]
-    if len(text) != length or zlib.crc32(text) != crc32:
-        raise PackCorrupt("its header is damaged")
-    header = json.loads(bytes(text))  # as written: its checksum holds
-    body = data[_PREFIX.size + length :]
-    if len(body) != header["body_bytes"]:
-        raise PackCorrupt(f"its body has {len(body)} bytes, not {header['body_bytes']}")
-    for number, (chunk, expected) in enumerate(zip(_chunks(body), header["crc32"], strict=True)):
-        if zlib.crc32(chunk) != expected:
-            raise PackCorrupt(f"MiB {number} of its body is damaged")
-    return header, body

@@ -104,7 +104,10 @@ def max_weights_bytes(projections: tuple[Projection, ...], max_rank: int) -> int
 
 
 def parse_adapter(
-    config: AdapterConfig, data: bytes, adapter_id: str, projections: tuple[Projection, ...]
+    config: AdapterConfig,
+    data: bytes | memoryview,
+    adapter_id: str,
+    projections: tuple[Projection, ...],
 ) -> Adapter:
     """The bytes of adapter_model.safetensors -> Adapter."""
     check = _Check(config, adapter_id, projections)
@@ -238,10 +241,21 @@ class _Check:
 
 def all_finite(array: np.ndarray) -> bool:
     """No NaN, no infinity."""
-    if array.dtype == ml_dtypes.bfloat16:  # by its bits: ml_dtypes' isfinite is ten times slower
-        exponent = np.uint16(0x7F80)
-        return not bool(((array.view(np.uint16) & exponent) == exponent).any())
-    return bool(np.isfinite(array).all())
+    if array.dtype != ml_dtypes.bfloat16:
+        return bool(np.isfinite(array).all())
+    # By its bits, a part at a time that stays in the cache: five times faster than isfinite.
+    bits = array.reshape(-1).view(np.uint16)
+    part = np.empty(min(len(bits), _PART), np.uint16)
+    for start in range(0, len(bits), _PART):
+        chunk = bits[start : start + _PART]
+        exponent = np.bitwise_and(chunk, _EXPONENT, out=part[: len(chunk)])
+        if exponent.max() == _EXPONENT:
+            return False
+    return True
+
+
+_EXPONENT = np.uint16(0x7F80)  # of a bfloat16; all ones: NaN or infinite
+_PART = 1 << 18
 
 
 def _is_output(projection: Projection) -> bool:

@@ -88,7 +88,7 @@ MUST_BE_EMPTY: Mapping[str, tuple[str, str]] = {
 SAFE_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class AdapterConfig:
     """What an adapter says of itself: y += (x @ A.T @ B.T) * scaling, where it applies."""
 
@@ -160,7 +160,9 @@ class AdapterConfig:
         return match is not None and int(match["idx"]) in self.layers_to_transform
 
 
-def parse_config(data: bytes, adapter_id: str, max_rank: int = MAX_RANK) -> AdapterConfig:
+def parse_config(
+    data: bytes | memoryview, adapter_id: str, max_rank: int = MAX_RANK
+) -> AdapterConfig:
     """adapter_config.json's bytes -> AdapterConfig. AdapterInvalid names the key at fault."""
     values = _load(data, adapter_id)
     reader = _Reader(values, adapter_id)
@@ -182,9 +184,9 @@ def parse_config(data: bytes, adapter_id: str, max_rank: int = MAX_RANK) -> Adap
     return config
 
 
-def _load(data: bytes, adapter_id: str) -> dict[str, Any]:
+def _load(data: bytes | memoryview, adapter_id: str) -> dict[str, Any]:
     try:
-        values = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
+        values = json.loads(bytes(data).decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise AdapterInvalid(adapter_id, CONFIG_FILE, f"is not JSON: {error}") from error
     if not isinstance(values, dict):

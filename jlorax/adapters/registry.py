@@ -1,10 +1,11 @@
 """What a name means: (tenant, id) -> version. Single writer: the cache actor.
 
-A name is registered, or is a folder under the adapter root. A version's generation rises when the
-files became others (device, inode, size, mtime) or the name was registered anew, so a running
-request keeps the weights it started with and a cache never answers with another's.
+A name is registered, is a folder under the adapter root, or is one that a remote knows
+(``remote_names`` asks it). A version's generation rises when the content became another (of a
+file: device, inode, size, mtime) or the name was registered anew, so a running request keeps the
+weights it started with and a cache never answers with another's.
 
-A miss costs one failed stat, so there is no negative cache to go stale.
+A miss costs one failed stat, so there is no negative cache of folders to go stale.
 """
 
 from __future__ import annotations
@@ -17,35 +18,34 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jlorax.adapters.files import CONFIG_FILE, SourceIdentity, identify, is_unchanged, is_within
+from jlorax.adapters.files import CONFIG_FILE, identify, is_unchanged, is_within
 from jlorax.adapters.peft import read_config
-from jlorax.adapters.peft_config import MAX_RANK, AdapterConfig
+from jlorax.adapters.peft_config import MAX_RANK, AdapterConfig, parse_config
+from jlorax.adapters.remote import Described
+from jlorax.adapters.sources import LocalFiles, Origin, RemoteFiles
 from jlorax.errors import (
     AdapterConflict,
     AdapterInvalid,
     AdapterNotFound,
     InvalidAdapterId,
-    InvalidParameter,
 )
 from jlorax.types import AdapterVersion
 
 BASE_MODEL_ID = "__base_model__"
 DEFAULT_TENANT = "default"
-LOCAL = "local"
+REGISTERED, LOCAL = "registered", "local"
 MAX_ID_CHARS = 255
 MAX_SUPERSEDED = 4096  # versions that are remembered after a newer one took their name
 MAX_SCAN_DEPTH = 3  # "org/name/revision"
 
 
-@dataclass
+@dataclass(slots=True)
 class AdapterRecord:
     """One version: where its files are and what its config says. Counts are the registry's."""
 
     version: AdapterVersion
-    folder: Path
-    root: Path | None  # links may lead anywhere below it; None: inside the folder only
-    source: str  # "registered" | "local"
-    identity: SourceIdentity
+    source: str  # REGISTERED, LOCAL, or a remote's name
+    origin: Origin
     config: AdapterConfig
     num_requests: int = 0
     last_used_s: float | None = None  # Unix time
@@ -59,13 +59,21 @@ class AdapterRecord:
         return self.config.target_names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Name:
     """A name in one place. "x" registered and "x" under the root are two."""
 
     tenant: str
     adapter_id: str
     source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a name's folder holds; ``fresh`` None: what its record says."""
+
+    name: _Name
+    fresh: tuple[LocalFiles, AdapterConfig] | None
 
 
 @dataclass
@@ -92,16 +100,30 @@ class Registry:
         if (tenant, adapter_id) in self._registered:
             raise AdapterConflict(f"an adapter named {adapter_id!r} is registered already")
         folder = Path(os.path.abspath(folder))
-        name = _Name(tenant, adapter_id, "registered")
+        name = _Name(tenant, adapter_id, REGISTERED)
         record = self._refresh(name, folder, None)
         self._registered[tenant, adapter_id] = folder
         return record.version
+
+    def forget(self, version: AdapterVersion) -> None:
+        """Takes a registration back, unless the name means another version by now."""
+        name = _Name(version.tenant, version.adapter_id, REGISTERED)
+        current = self._current.get(name)
+        if current is not None and current.version == version:
+            self.unregister(version.adapter_id, version.tenant)
+
+    def restore(self, version: AdapterVersion, folder: Path | None) -> None:
+        """Takes a replacement back: the name means its old folder again, if there was one."""
+        self.forget(version)
+        key = (version.tenant, version.adapter_id)
+        if folder is not None and key not in self._registered:
+            self._registered[key] = folder
 
     def unregister(self, adapter_id: str, tenant: str = DEFAULT_TENANT) -> AdapterVersion | None:
         """Forgets a registered name; its last version keeps its record for running requests."""
         if self._registered.pop((tenant, adapter_id), None) is None:
             raise AdapterNotFound(adapter_id)
-        record = self._current.pop(_Name(tenant, adapter_id, "registered"), None)
+        record = self._current.pop(_Name(tenant, adapter_id, REGISTERED), None)
         if record is None:
             return None
         self._supersede(record)
@@ -109,31 +131,65 @@ class Registry:
 
     def registered_version(self, adapter_id: str, tenant: str = DEFAULT_TENANT) -> AdapterVersion:
         """The last version of a registered name, whatever became of its files."""
-        record = self._current.get(_Name(tenant, adapter_id, "registered"))
+        record = self._current.get(_Name(tenant, adapter_id, REGISTERED))
         if record is None:
             raise AdapterNotFound(adapter_id)
         return record.version
 
-    def resolve(self, tenant: str, adapter_id: str, source: str | None = None) -> AdapterVersion:
-        """The version that a request of this tenant means by the name, now.
+    def find(self, tenant: str, adapter_id: str, source: str | None = None) -> AdapterRecord | None:
+        """What this tenant means by the name, now, as far as this machine knows.
 
         ``source``: None is a registered name, else a folder of the root; "local" the folder only.
         """
-        if source not in (None, LOCAL):
-            raise InvalidParameter(
-                "adapter_source", f"must be {LOCAL!r} or left out, not {source!r}"
-            )
         check_id(adapter_id)
+        if self._is_reserved(adapter_id):
+            return None
         record = None
-        if not self._is_reserved(adapter_id):
-            if source is None:
-                record = self._find_registered(tenant, adapter_id)
-            record = record or self._find_local(adapter_id)
-        if record is None:
-            raise AdapterNotFound(adapter_id)
+        if source is None:
+            record = self._find_registered(tenant, adapter_id)
+        return record or self._find_local(adapter_id)
+
+    def used(self, record: AdapterRecord) -> AdapterVersion:
+        """A request names it."""
         record.num_requests += 1
         record.last_used_s = self.clock()
         return record.version
+
+    def resolve(self, tenant: str, adapter_id: str, source: str | None = None) -> AdapterVersion:
+        """``find`` for a request. AdapterNotFound when this machine knows no such name."""
+        record = self.find(tenant, adapter_id, source)
+        if record is None:
+            raise AdapterNotFound(adapter_id)
+        return self.used(record)
+
+    def learn(self, remote: str, adapter_id: str, described: Described) -> AdapterRecord:
+        """The record of what a remote said of a name; a new version when it is another content."""
+        if self._is_reserved(adapter_id):
+            raise AdapterNotFound(adapter_id)
+        name = _Name(DEFAULT_TENANT, adapter_id, remote)
+        origin = RemoteFiles(remote, adapter_id, described)
+        current = self._current.get(name)
+        if current and current.origin.key == origin.key:
+            return current
+        config = parse_config(described.config, adapter_id, self.max_rank)
+        return self._enter(name, origin, config)
+
+    def remote(self, remote: str, adapter_id: str) -> AdapterRecord | None:
+        """What ``learn`` gave last."""
+        return self._current.get(_Name(DEFAULT_TENANT, adapter_id, remote))
+
+    def replace(
+        self, adapter_id: str, folder: Path, tenant: str = DEFAULT_TENANT
+    ) -> tuple[AdapterVersion, Path | None]:
+        """``register`` for a name that may be taken; the old folder, to be put back if the new one
+        turns out to be invalid."""
+        old = self._registered.pop((tenant, adapter_id), None)
+        try:
+            return self.register(adapter_id, folder, tenant), old
+        except BaseException:
+            if old is not None:
+                self._registered[tenant, adapter_id] = old
+            raise
 
     def record(self, version: AdapterVersion) -> AdapterRecord:
         """Of any version that resolve gave, also when its name means another one by now."""
@@ -142,25 +198,77 @@ class Registry:
             raise AdapterNotFound(version.adapter_id)
         return record
 
+    def known(self, version: AdapterVersion) -> AdapterRecord | None:
+        """``record``, or None."""
+        return self._by_version.get(version)
+
+    def known_version(self, adapter_id: str) -> AdapterVersion | None:
+        """Of a name that was not registered and that somebody asked for before."""
+        for name, record in self._current.items():
+            if name.adapter_id == adapter_id and name.source != REGISTERED:
+                return record.version
+        return None
+
+    @property
+    def num_known(self) -> int:
+        """Names that were asked for, listed or registered."""
+        return len(self._current)
+
+    def is_current(self, version: AdapterVersion) -> bool:
+        """Whether new requests may still get it."""
+        return version in self._by_version and version not in self._superseded
+
     def folder_under_root(self, path: str) -> Path:
-        """A folder that the API may name: as an adapter's id, below the root, nowhere else."""
+        """A folder that the API may name: as an adapter's id, or with the root's own path before
+        it; nowhere else."""
+        if self.adapter_root is not None and os.path.isabs(path):
+            path = path.removeprefix(f"{self.adapter_root}{os.sep}")
         check_id(path)
         folder = self._local_folder(path)
         if folder is None:
             raise AdapterNotFound(path)
         return folder
 
-    def list(self) -> list[AdapterRecord]:
+    def records(self) -> list[AdapterRecord]:
         """Registered names and the root's folders; those that cannot be read are left out."""
-        found = [
-            self._readable(_Name(tenant, adapter_id, "registered"), folder)
-            for (tenant, adapter_id), folder in self._registered.items()
-        ]
-        found += [
-            self._readable(_Name(DEFAULT_TENANT, adapter_id, LOCAL), folder)
-            for adapter_id, folder in self._scan()
-        ]
-        return [record for record in found if record is not None]
+        return self.merge(self.survey()())
+
+    def survey(self) -> Callable[[], list[Seen]]:
+        """Looks at every name's files and changes nothing: to be called on any thread."""
+        known = dict(self._current)
+        registered = dict(self._registered)
+
+        def look() -> list[Seen]:
+            named = [
+                (_Name(tenant, adapter_id, REGISTERED), folder)
+                for (tenant, adapter_id), folder in registered.items()
+            ]
+            found = [
+                (_Name(DEFAULT_TENANT, adapter_id, LOCAL), folder)
+                for adapter_id, folder in self._scan()
+            ]
+            seen = (self._look(name, folder, known.get(name)) for name, folder in named + found)
+            return [one for one in seen if one is not None]
+
+        return look
+
+    def merge(self, seen: Iterable[Seen]) -> list[AdapterRecord]:
+        """The records of what was seen, and of what remotes told."""
+        found = [record for one in seen if (record := self._merged(one)) is not None]
+        return found + [r for r in self._current.values() if isinstance(r.origin, RemoteFiles)]
+
+    def _merged(self, seen: Seen) -> AdapterRecord | None:
+        """None: the name was taken back, or given to another folder, since it was looked at."""
+        name, current = seen.name, self._current.get(seen.name)
+        if seen.fresh is None:
+            return current
+        origin, config = seen.fresh
+        is_registered = name.source == REGISTERED
+        if is_registered and self._registered.get((name.tenant, name.adapter_id)) != origin.folder:
+            return None
+        if current is not None and current.origin == origin:
+            return current
+        return self._enter(name, origin, config)
 
     def _is_reserved(self, adapter_id: str) -> bool:
         return adapter_id in (BASE_MODEL_ID, self.base_model_id)
@@ -169,7 +277,7 @@ class Registry:
         for owner in (tenant, DEFAULT_TENANT):
             folder = self._registered.get((owner, adapter_id))
             if folder is not None:
-                return self._refresh(_Name(owner, adapter_id, "registered"), folder, None)
+                return self._refresh(_Name(owner, adapter_id, REGISTERED), folder, None)
         return None
 
     def _find_local(self, adapter_id: str) -> AdapterRecord | None:
@@ -191,15 +299,30 @@ class Registry:
 
     def _refresh(self, name: _Name, folder: Path, root: Path | None) -> AdapterRecord:
         """The name's record, a new one when the files are not those it was made from."""
-        current = self._current.get(name)
-        if current and current.folder == folder and is_unchanged(folder, current.identity):
-            return current
-        identity = identify(folder, name.adapter_id, root)
-        if current and (current.identity, current.folder) == (identity, folder):
-            return current
+        fresh = self._fresh(name, folder, root, self._current.get(name))
+        return self._current[name] if fresh is None else self._enter(name, *fresh)
+
+    def _fresh(
+        self, name: _Name, folder: Path, root: Path | None, current: AdapterRecord | None
+    ) -> tuple[LocalFiles, AdapterConfig] | None:
+        """What the folder holds now; None: what ``current`` says."""
+        known = current.origin if current else None
+        if (
+            isinstance(known, LocalFiles)
+            and known.folder == folder
+            and is_unchanged(folder, known.identity)
+        ):
+            return None
+        found = LocalFiles(folder, root, identify(folder, name.adapter_id, root))
+        if found == known:
+            return None
         config = read_config(folder, name.adapter_id, root=root, max_rank=self.max_rank)
+        return found, config
+
+    def _enter(self, name: _Name, origin: Origin, config: AdapterConfig) -> AdapterRecord:
         version = self._next_version(name)
-        record = AdapterRecord(version, folder, root, name.source, identity, config)
+        record = AdapterRecord(version, name.source, origin, config)
+        current = self._current.get(name)
         if current:
             self._supersede(current)
         self._current[name] = self._by_version[version] = record
@@ -216,11 +339,13 @@ class Registry:
             version, _ = self._superseded.popitem(last=False)
             del self._by_version[version]
 
-    def _readable(self, name: _Name, folder: Path) -> AdapterRecord | None:
+    def _look(self, name: _Name, folder: Path, current: AdapterRecord | None) -> Seen | None:
+        root = self.adapter_root if name.source == LOCAL else None
         try:
-            return self._refresh(name, folder, self.adapter_root if name.source == LOCAL else None)
+            fresh = self._fresh(name, folder, root, current)
         except AdapterInvalid:
             return None
+        return Seen(name, fresh)
 
     def _scan(self) -> Iterator[tuple[str, Path]]:
         """(id, folder) of every adapter under the root, in order."""

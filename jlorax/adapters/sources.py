@@ -1,8 +1,11 @@
-"""Where an adapter's files come from; for now, a folder on this machine."""
+"""Where an adapter's two files are, and how they are read: a folder here, or a named remote."""
 
 from __future__ import annotations
 
-import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from jlorax.adapters.files import (
     CONFIG_FILE,
@@ -12,40 +15,96 @@ from jlorax.adapters.files import (
     identify,
     read_file,
 )
-from jlorax.adapters.pack import layout_fingerprint
 from jlorax.adapters.peft import Adapter, max_weights_bytes, parse_adapter
 from jlorax.adapters.peft_config import parse_config
-from jlorax.adapters.registry import AdapterRecord
-from jlorax.errors import AdapterInvalid
+from jlorax.adapters.remote import Described, RemoteSource
+from jlorax.errors import AdapterChanged, AdapterNotFound
 from jlorax.layout import BankLayout
 
+Memory = Callable[[int], memoryview]
 
-def load_local(record: AdapterRecord, layout: BankLayout) -> tuple[str, Adapter]:
-    """(digest, adapter) of the very files that the version was resolved from.
 
-    Other files by now, or while they are read: AdapterInvalid "changed while it was loaded"; the
-    next request resolves to a new version.
-    """
-    adapter_id, folder, root = record.version.adapter_id, record.folder, record.root
+@dataclass(frozen=True, slots=True)
+class LocalFiles:
+    """``root``: links may lead anywhere below it; None: inside the folder only."""
+
+    folder: Path
+    root: Path | None
+    identity: SourceIdentity
+
+    @property
+    def key(self) -> str:
+        """Names this content in the disk tier's index."""
+        return self.identity.key
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFiles:
+    """``name``: what the remote calls it; ``described.identity`` says which content."""
+
+    remote: str
+    name: str
+    described: Described
+
+    @property
+    def key(self) -> str:
+        return f"{self.remote}:{self.name}@{self.described.identity}"
+
+
+Origin = LocalFiles | RemoteFiles
+
+
+@dataclass(frozen=True)
+class Sources:
+    """``workspace``: where files from afar lie while they are read; None: the system's own."""
+
+    remotes: Mapping[str, RemoteSource]
+    workspace: Path | None = None
+
+    def describe(self, adapter_id: str, remotes: Sequence[str]) -> tuple[str, Described]:
+        """(which of these remotes knows the name, what it says); they are asked in order.
+
+        Raises AdapterNotFound, or what a remote raises: one that is down may be the one.
+        """
+        not_found = AdapterNotFound(adapter_id)
+        for remote in remotes:
+            try:
+                return remote, self.remotes[remote].describe(adapter_id)
+            except AdapterNotFound as error:
+                not_found = error
+        raise not_found
+
+    def read(self, origin: Origin, adapter_id: str, layout: BankLayout, memory: Memory) -> Adapter:
+        """The adapter of the very content that ``origin`` names.
+
+        Other content by now, or while it is read: AdapterInvalid "changed while it was loaded"; the
+        next request resolves to a new version. The tensors lie in ``memory``'s room.
+        """
+        if isinstance(origin, LocalFiles):
+            return _read_local(origin, adapter_id, layout, memory)
+        return self._read_remote(origin, adapter_id, layout, memory)
+
+    def _read_remote(
+        self, origin: RemoteFiles, adapter_id: str, layout: BankLayout, memory: Memory
+    ) -> Adapter:
+        limit = max_weights_bytes(layout.projections, layout.max_rank)
+        with tempfile.TemporaryDirectory(
+            prefix=".jlorax-", suffix=".tmp", dir=self.workspace
+        ) as name:
+            folder = Path(name)
+            remote = self.remotes[origin.remote]
+            remote.fetch(origin.name, origin.described, folder, limit)
+            fetched = LocalFiles(folder, None, identify(folder, adapter_id))
+            return _read_local(fetched, adapter_id, layout, memory)
+
+
+def _read_local(origin: LocalFiles, adapter_id: str, layout: BankLayout, memory: Memory) -> Adapter:
+    folder, root = origin.folder, origin.root
     config_data, config_file = read_file(folder, CONFIG_FILE, adapter_id, MAX_CONFIG_BYTES, root)
     limit = max_weights_bytes(layout.projections, layout.max_rank)
-    weights_data, weights_file = read_file(folder, WEIGHTS_FILE, adapter_id, limit, root)
+    weights, weights_file = read_file(folder, WEIGHTS_FILE, adapter_id, limit, root, memory)
     read = SourceIdentity(config_file, weights_file)
-    if not read == record.identity == identify(folder, adapter_id, root):
-        raise AdapterInvalid(adapter_id, WEIGHTS_FILE, "changed while it was loaded")
+    if not read == origin.identity == identify(folder, adapter_id, root):
+        raise AdapterChanged(adapter_id, WEIGHTS_FILE)
     config = parse_config(config_data, adapter_id, layout.max_rank)
-    adapter = parse_adapter(config, weights_data, adapter_id, layout.projections)
-    return digest(config_data, weights_data, layout), adapter
-
-
-def digest(config_data: bytes, weights_data: bytes, layout: BankLayout) -> str:
-    """Names the packed content: equal files packed for an equal layout."""
-    content = hashlib.sha256(len(config_data).to_bytes(8, "little"))
-    for part in (config_data, weights_data, layout_fingerprint(layout).encode()):
-        content.update(part)
-    return content.hexdigest()
-
-
-def source_key(record: AdapterRecord, layout: BankLayout) -> str:
-    """Key of the disk tier's index: finds the digest again without reading the files."""
-    return f"{record.identity.key}@{layout_fingerprint(layout)}"
+    return parse_adapter(config, weights, adapter_id, layout.projections)

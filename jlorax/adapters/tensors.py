@@ -37,7 +37,7 @@ class _Slice:
     end: int
 
 
-def read_tensors(data: bytes, adapter_id: str, file: str) -> dict[str, np.ndarray]:
+def read_tensors(data: bytes | memoryview, adapter_id: str, file: str) -> dict[str, np.ndarray]:
     """Name -> read-only view into ``data``. Anything odd in the header: AdapterInvalid."""
     try:
         header_end, header = _read_header(data)
@@ -57,7 +57,7 @@ class _Malformed(ValueError):
     """What is wrong, in words for the user."""
 
 
-def _read_header(data: bytes) -> tuple[int, dict[str, Any]]:
+def _read_header(data: bytes | memoryview) -> tuple[int, dict[str, Any]]:
     if len(data) < 8:
         raise _Malformed(f"the file has {len(data)} bytes; a safetensors file has at least 8")
     length = int.from_bytes(data[:8], "little")
@@ -66,7 +66,8 @@ def _read_header(data: bytes) -> tuple[int, dict[str, Any]]:
     if 8 + length > len(data):
         raise _Malformed(f"the header claims {length} bytes, but the file has only {len(data)}")
     try:
-        header = json.loads(data[8 : 8 + length].decode("utf-8"), object_pairs_hook=_no_duplicates)
+        text = bytes(data[8 : 8 + length]).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
     except _Malformed:
         raise
     except (ValueError, RecursionError) as error:

@@ -22,7 +22,10 @@ from jlorax.layout import (
     RANK_PAGE,
     BankLayout,
     HostBuffer,
+    HostMemory,
+    PlainMemory,
     PoolKey,
+    Scratch,
     SlotWrite,
     WriteLayout,
     pages_field,
@@ -45,14 +48,27 @@ def empty_bank(layout: BankLayout, num_slots: int, pool_pages: Mapping[PoolKey, 
     )
 
 
-def host_buffer(buffer: np.ndarray) -> HostBuffer:
-    """Where an adapter waits in RAM: page-locked if the device copies from it, so that the copy
-    needs no help of the host's; the array itself if the device is the host."""
+def host_memory() -> HostMemory:
+    """Where adapters wait for the device of this process."""
     device = jax.devices()[0]
-    if device.platform == "cpu":
-        return buffer
-    locked = SingleDeviceSharding(device, memory_kind="pinned_host")
-    return jax.device_put(buffer, locked).block_until_ready()
+    return PlainMemory() if device.platform == "cpu" else LockedMemory(device)
+
+
+class LockedMemory:
+    """Page-locked, so that the device copies from it without the host's help."""
+
+    def __init__(self, device: jax.Device) -> None:
+        self._locked = SingleDeviceSharding(device, memory_kind="pinned_host")
+        self._scratch = Scratch()
+
+    def blank(self, num_bytes: int) -> np.ndarray:
+        room = self._scratch.room(num_bytes)
+        room[:] = 0
+        return room
+
+    def keep(self, buffer: np.ndarray) -> HostBuffer:
+        copy = jax.device_put(buffer, self._locked, may_alias=False)
+        return copy.block_until_ready()
 
 
 class BankWriter(Protocol):

@@ -16,6 +16,7 @@ from jlorax.wire.fields import Fields
 class LoadAdapter:
     adapter_id: str
     folder: str  # under the server's adapter root
+    replace: bool = False  # the name may be taken: a new generation of it
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,33 @@ class ModelCard:
 
 def parse_load_adapter(body: Mapping[str, Any], limits: Limits) -> LoadAdapter:
     fields = Fields(body)
-    name = fields.text("adapter_id")
-    folder = fields.text("folder", max_chars=4096)
+    folder = _checked_folder(fields, fields.text("folder", max_chars=4096))
+    return LoadAdapter(_new_id(fields, "adapter_id", limits), folder, fields.flag("replace"))
+
+
+def parse_load_lora(body: Mapping[str, Any], limits: Limits) -> LoadAdapter:
+    """vLLM's body. ``lora_path`` may be absolute: the owner of the disk sees that it lies under the
+    adapter root."""
+    fields = Fields(body)
+    adapter_id = _new_id(fields, "lora_name", limits)
+    folder = fields.text("lora_path", max_chars=4096)
+    if not folder or not folder.isprintable():
+        raise fields.wrong("lora_path", "must name a folder under the server's adapter root")
+    return LoadAdapter(adapter_id, folder, fields.flag("load_inplace"))
+
+
+def parse_unload_lora(body: Mapping[str, Any], limits: Limits) -> str:
+    return _new_id(Fields(body), "lora_name", limits)
+
+
+def _new_id(fields: Fields, key: str, limits: Limits) -> str:
+    name = fields.text(key)
     if name is None:
-        raise fields.wrong("adapter_id", "must be a string")
+        raise fields.wrong(key, "must be a string")
     adapter_id = parse_adapter_id(name, limits)
     if adapter_id is None:
         raise AdapterConflict(f"{name!r} names the base model: an adapter needs another id")
-    return LoadAdapter(adapter_id, _checked_folder(fields, folder))
+    return adapter_id
 
 
 def _checked_folder(fields: Fields, folder: str | None) -> str:
@@ -62,6 +82,7 @@ def render_adapter(info: AdapterInfo) -> dict[str, Any]:
         "size_bytes": info.size_bytes,
         "num_requests": info.num_requests,
         "last_used_s": info.last_used_s,
+        "pinned": info.pinned,
     }
 
 
@@ -77,6 +98,7 @@ def read_adapter(body: Mapping[str, Any]) -> AdapterInfo:
         size_bytes=body["size_bytes"],
         num_requests=body["num_requests"],
         last_used_s=body["last_used_s"],
+        pinned=body["pinned"],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jlorax.adapters.pack import PackedAdapter
+from jlorax.adapters.packed_file import read_packed, write_packed
 from jlorax.adapters.peft import Adapter, read_adapter
 from jlorax.layout import BankLayout
 from jlorax.types import Projection
@@ -139,3 +142,14 @@ def adapter(
     values = config(r=1, target_modules=list(ranks), rank_pattern=dict(ranks))
     write(folder, values, safetensors_bytes(tensors))
     return read_adapter(folder, "a", layout.projections, layout.max_rank)
+
+
+def packed_bytes(packed: PackedAdapter, layout: BankLayout) -> bytes:
+    """What its file holds."""
+    file = io.BytesIO()
+    assert write_packed(file, packed, layout) == len(file.getvalue())
+    return file.getvalue()
+
+
+def read_bytes(data: bytes, layout: BankLayout) -> PackedAdapter:
+    return read_packed(io.BytesIO(data), layout)

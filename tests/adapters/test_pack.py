@@ -8,19 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jlorax.adapters.pack import (
-    PackCorrupt,
-    PackedAdapter,
-    from_bytes,
-    is_intact,
-    layout_fingerprint,
-    pack,
-    page_views,
-    to_bytes,
-)
+from jlorax.adapters.pack import PackedAdapter, pack, page_views
+from jlorax.adapters.packed_file import PackCorrupt, digest_of, layout_fingerprint
 from jlorax.adapters.peft import Adapter, read_adapter
 from jlorax.errors import AdapterInvalid
-from jlorax.layout import ALIGN_BYTES, RANK_PAGE, BankLayout
+from jlorax.layout import ALIGN_BYTES, RANK_PAGE, BankLayout, PlainMemory
 from tests.adapters import helpers
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -83,9 +75,9 @@ def test_bytes_round_trip(tmp_path: Path) -> None:
     layout = helpers.layout("bfloat16", d=256, ffn=512)
     ranks = helpers.modules_of(layout.projections, ("q_proj", "up_proj", "lm_head"), 256)
     adapter = helpers.adapter(tmp_path, layout, ranks, np.float32)
-    data = to_bytes(pack(adapter, layout), layout)
-    assert len(data) > 2**20 and is_intact(data)  # more than one chunk
-    check_unpacks(adapter, from_bytes(data, layout), layout)
+    data = helpers.packed_bytes(pack(adapter, layout), layout)
+    assert len(data) > 2**20  # more than one chunk
+    check_unpacks(adapter, helpers.read_bytes(data, layout), layout)
 
 
 def test_padding_stays_out_of_the_file(tmp_path: Path) -> None:
@@ -94,7 +86,7 @@ def test_padding_stays_out_of_the_file(tmp_path: Path) -> None:
     packed = pack(helpers.adapter(tmp_path, layout, ranks), layout)
     page_bytes = layout.units(packed.need(layout)) * layout.unit * 2
     assert packed.buffer.nbytes > 1.2 * page_bytes
-    assert page_bytes < len(to_bytes(packed, layout)) < 1.1 * page_bytes
+    assert page_bytes < len(helpers.packed_bytes(packed, layout)) < 1.1 * page_bytes
 
 
 def test_what_waits_in_ram_is_used_in_place_and_never_changes(tmp_path: Path) -> None:
@@ -102,9 +94,14 @@ def test_what_waits_in_ram_is_used_in_place_and_never_changes(tmp_path: Path) ->
     layout = helpers.layout()
     adapter = helpers.adapter(tmp_path, layout, {"lm_head": 8})
     packed = pack(adapter, layout)
-    for buffer in (packed.buffer, from_bytes(to_bytes(packed, layout), layout).buffer):
+    for buffer in (
+        packed.buffer,
+        helpers.read_bytes(helpers.packed_bytes(packed, layout), layout).buffer,
+    ):
         assert isinstance(buffer, np.ndarray) and buffer.flags.c_contiguous
-        assert buffer.ctypes.data % ALIGN_BYTES == 0 and not buffer.flags.writeable
+        assert buffer.ctypes.data % ALIGN_BYTES == 0
+        kept = PlainMemory().keep(buffer)
+        assert kept is buffer and not buffer.flags.writeable
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -142,25 +139,39 @@ def test_a_flipped_byte_is_noticed(tmp_path: Path, where: int) -> None:
     layout = helpers.layout(d=256, ffn=512)
     ranks = helpers.modules_of(layout.projections, ("q_proj", "up_proj"), 256)
     data = bytearray(
-        to_bytes(pack(helpers.adapter(tmp_path, layout, ranks, np.float32), layout), layout)
+        helpers.packed_bytes(
+            pack(helpers.adapter(tmp_path, layout, ranks, np.float32), layout), layout
+        )
     )
     data[where] ^= 1
-    assert not is_intact(bytes(data))
     with pytest.raises(PackCorrupt):
-        from_bytes(bytes(data), layout)
+        helpers.read_bytes(bytes(data), layout)
 
 
 def test_other_length_or_layout_is_refused(tmp_path: Path) -> None:
     layout = helpers.layout()
     adapter = helpers.adapter(tmp_path, layout, {"lm_head": 8})
-    data = to_bytes(pack(adapter, layout), layout)
+    data = helpers.packed_bytes(pack(adapter, layout), layout)
     others = [helpers.layout("bfloat16"), helpers.layout(max_rank=8), helpers.layout(d=32)]
     assert len({layout_fingerprint(x) for x in [layout, *others]}) == 4
     for other in others:
         with pytest.raises(PackCorrupt, match="another base model"):
-            from_bytes(data, other)
+            helpers.read_bytes(data, other)
     for broken in (b"", data[:10], data[:-1], data + b"x"):
-        assert not is_intact(broken)
+        with pytest.raises(PackCorrupt):
+            helpers.read_bytes(broken, layout)
+
+
+def test_a_digest_names_the_content(tmp_path: Path) -> None:
+    layout = helpers.layout()
+
+    def digest(seed: int, rank: int = 4, layout: BankLayout = layout) -> str:
+        ranks = {"lm_head": rank}
+        adapter = helpers.adapter(tmp_path / f"{seed}-{rank}", layout, ranks, seed=seed)
+        return digest_of(pack(adapter, layout), layout)
+
+    assert digest(0) == digest(0)
+    assert len({digest(0), digest(1), digest(0, 3), digest(0, layout=helpers.layout(d=32))}) == 4
 
 
 def test_a_value_beyond_bfloat16_is_refused(tmp_path: Path) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from jlorax.adapters.files import read_file
-from jlorax.adapters.pack import pack
-from jlorax.adapters.registry import Registry, check_id
-from jlorax.adapters.sources import load_local, source_key
+from jlorax.adapters.loader import Loader
+from jlorax.adapters.pack import PackedAdapter
+from jlorax.adapters.packed_file import digest_of
+from jlorax.adapters.registry import AdapterRecord, Registry, check_id
 from jlorax.errors import (
+    AdapterChanged,
     AdapterConflict,
     AdapterInvalid,
     AdapterNotFound,
     InvalidAdapterId,
-    InvalidParameter,
 )
+from jlorax.layout import BankLayout
 from jlorax.types import AdapterVersion
 from tests.adapters import helpers
 
@@ -145,7 +149,7 @@ def test_the_base_models_names(adapter_id: str, root: Path) -> None:
         names.register(adapter_id, root / "local")
     with pytest.raises(AdapterNotFound):
         names.resolve("default", adapter_id)
-    assert adapter_id not in {r.version.adapter_id for r in names.list()}
+    assert adapter_id not in {r.version.adapter_id for r in names.records()}
 
 
 def test_tenants(root: Path) -> None:
@@ -167,8 +171,6 @@ def test_unknown_and_broken(root: Path) -> None:
         names.resolve("default", "none")
     with pytest.raises(AdapterNotFound):
         registry(None).resolve("default", "local")
-    with pytest.raises(InvalidParameter, match=r"`adapter_source` must be 'local'.*not 's3'"):
-        names.resolve("default", "local", "s3")
     (root / "empty").mkdir()
     with pytest.raises(AdapterInvalid, match="is missing"):
         names.resolve("default", "empty")
@@ -190,7 +192,7 @@ def test_links_out_of_the_root(root: Path, tmp_path: Path) -> None:
         with pytest.raises(AdapterNotFound):
             names.resolve("default", adapter_id)
     assert names.record(names.resolve("default", "alias")).rank == 4
-    found = {record.version.adapter_id for record in names.list()}
+    found = {record.version.adapter_id for record in names.records()}
     assert found == {"local", "org/deep", "alias"}
 
 
@@ -214,7 +216,7 @@ def test_list_and_counts(root: Path) -> None:
     names.register("x", root / "local")
     names.resolve("default", "x")
     names.resolve("default", "x")
-    records = {(r.source, r.version.adapter_id): r for r in names.list()}
+    records = {(r.source, r.version.adapter_id): r for r in names.records()}
     assert set(records) == {("registered", "x"), ("local", "local"), ("local", "org/deep")}
     x = records["registered", "x"]
     assert (x.num_requests, x.last_used_s, x.rank) == (2, 5.0, 4)
@@ -222,26 +224,30 @@ def test_list_and_counts(root: Path) -> None:
     assert records["local", "local"].num_requests == 0
 
 
+def load(record: AdapterRecord, layout: BankLayout) -> PackedAdapter:
+    return Loader(layout).load(record).packed
+
+
 def test_load(root: Path) -> None:
     names, layout = registry(root), helpers.layout()
     record = names.record(names.resolve("default", "local"))
-    digest, adapter = load_local(record, layout)
-    assert pack(adapter, layout).ranks == {"q_proj": 4, "v_proj": 4}
-    assert load_local(record, layout)[0] == digest
-    assert load_local(record, helpers.layout("bfloat16"))[0] != digest
-    assert source_key(record, layout) != source_key(record, helpers.layout("bfloat16"))
+    packed = load(record, layout)
+    assert packed.ranks == {"q_proj": 4, "v_proj": 4}
+    digest, key = digest_of(packed, layout), Loader(layout).key(record)
+    assert digest_of(load(record, layout), layout) == digest
+    assert Loader(helpers.layout("bfloat16")).key(record) != key
     helpers.write_good(root / "local", seed=1)
     again = names.record(names.resolve("default", "local"))
-    assert load_local(again, layout)[0] != digest
-    assert source_key(again, layout) != source_key(record, layout)
+    assert digest_of(load(again, layout), layout) != digest
+    assert Loader(layout).key(again) != key
 
 
 def test_changed_before_or_while_loading(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names, layout = registry(root), helpers.layout()
     record = names.record(names.resolve("default", "local"))
     helpers.write_good(root / "local", seed=1)
-    with pytest.raises(AdapterInvalid, match="changed while it was loaded"):
-        load_local(record, layout)
+    with pytest.raises(AdapterChanged):
+        load(record, layout)
 
     record = names.record(names.resolve("default", "local"))
 
@@ -252,5 +258,55 @@ def test_changed_before_or_while_loading(root: Path, monkeypatch: pytest.MonkeyP
         return result
 
     monkeypatch.setattr("jlorax.adapters.sources.read_file", replace_behind)
-    with pytest.raises(AdapterInvalid, match="changed while it was loaded"):
-        load_local(record, layout)
+    with pytest.raises(AdapterChanged):
+        load(record, layout)
+
+
+def test_a_name_is_replaced_and_put_back(root: Path) -> None:
+    names = registry(root)
+    first = names.register("x", root / "local")
+    second, old = names.replace("x", root / "org" / "deep")
+    assert (second.generation, old) == (2, root / "local")
+    assert names.resolve("default", "x") == second and not names.is_current(first)
+    names.restore(second, old)
+    third = names.resolve("default", "x")
+    assert names.record(third).rank == 4 and third.generation == 3
+    with pytest.raises(AdapterInvalid):
+        names.replace("x", root / "org")  # the failure left it as it was
+    assert names.resolve("default", "x") == third
+    assert names.replace("y", root / "local")[1] is None
+
+
+def test_a_survey_is_merged_with_what_happened_meanwhile(root: Path) -> None:
+    names = registry(root)
+    kept, gone = names.register("kept", root / "local"), names.register("gone", root / "local")
+    changed = names.register("changed", root / "local")
+    look = names.survey()
+    names.unregister("gone")
+    names.replace("changed", root / "org" / "deep")
+    helpers.write_good(root / "new", rank=3)
+    found = {(r.source, r.version.adapter_id): r for r in names.merge(look())}
+    assert found["registered", "kept"].version == kept
+    assert ("registered", "gone") not in found and ("local", "new") in found
+    assert names.resolve("default", "changed").generation == changed.generation + 1
+    assert gone not in {record.version for record in names.records()}
+
+
+def test_ten_thousand_names_cost_little(tmp_path: Path) -> None:
+    """At most 2 KB each: no weights are read."""
+    num, root = 300, tmp_path / "root"
+    first = helpers.write_good(root / "0000", rank=4)
+    for i in range(1, num):
+        folder = root / f"{i:04d}"
+        folder.mkdir()
+        os.link(first / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(helpers.config(lora_alpha=i)))
+    names = registry(root)
+    tracemalloc.start()
+    try:
+        records = names.records()
+        assert len(records) == num
+        del records
+        assert tracemalloc.get_traced_memory()[0] < 2048 * num
+    finally:
+        tracemalloc.stop()

@@ -5,18 +5,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jlorax.adapters.disk_tier import DiskTier
+from jlorax.adapters.disk_tier import DiskTier, remove, temporary_file
 from jlorax.adapters.host_tier import HostTier
-from jlorax.adapters.loader import Loader
-from jlorax.adapters.pack import from_bytes, pack, to_bytes
-from jlorax.adapters.peft import read_adapter
-from jlorax.adapters.registry import Registry
+from jlorax.adapters.loader import LoadCancelled, Loader
+from jlorax.adapters.registry import AdapterRecord, Registry
+from jlorax.adapters.tier_counts import TierCounts
 from jlorax.errors import ConfigError
+from jlorax.layout import HostBuffer, Scratch
 from jlorax.types import AdapterVersion, Tier
 from tests.adapters import helpers
 
@@ -31,8 +33,7 @@ def test_host_evicts_the_oldest_by_bytes() -> None:
     assert tier.get(v("a")) == "A"
     assert tier.put(v("c"), "C", 6)
     assert list(tier) == [v("a"), v("c")] and tier.used_bytes == 10
-    assert tier.get(v("b")) is None
-    assert (tier.hits, tier.misses, tier.evictions) == (1, 1, 1)
+    assert tier.get(v("b")) is None and tier.evictions == 1
 
 
 def test_host_keeps_nothing_larger_than_itself() -> None:
@@ -53,14 +54,45 @@ def test_host_replaces_and_drops() -> None:
     assert len(tier) == 0 and tier.used_bytes == 0
 
 
-def content(seed: int, size: int = 100) -> tuple[str, bytes]:
-    data = bytes([seed]) * size
-    return hashlib.sha256(data).hexdigest(), data
+def test_host_spares_what_somebody_waits_for() -> None:
+    tier: HostTier[str] = HostTier(10, is_wanted=lambda version: version == v("a"))
+    tier.put(v("a"), "A", 5)
+    tier.put(v("b"), "B", 5)
+    tier.get(v("b"))
+    tier.put(v("c"), "C", 5)
+    assert list(tier) == [v("a"), v("c")]
+    tier.put(v("d"), "D", 10)  # unless there is no other way
+    assert list(tier) == [v("d")]
 
 
-def disk(folder: Path, max_bytes: int = 1000) -> DiskTier:
-    """Intact is what consists of one byte's repetition."""
-    return DiskTier(folder, max_bytes, verify=lambda data: len(set(data)) == 1)
+def test_host_keeps_what_is_dear_to_load() -> None:
+    tier: HostTier[str] = HostTier(10)
+    tier.put(v("dear"), "A", 5, reload_s=1.0)
+    tier.put(v("cheap"), "B", 5, reload_s=0.1)
+    tier.put(v("c"), "C", 5, reload_s=0.1)
+    assert list(tier) == [v("dear"), v("c")]
+
+
+def test_a_request_counts_a_hit_in_one_tier_and_misses_in_the_faster_ones() -> None:
+    counts = TierCounts()
+    for tier in (Tier.DEVICE, Tier.HOST, Tier.SOURCE):
+        counts.found(tier)
+    assert counts.hits == {Tier.DEVICE: 1, Tier.HOST: 1, Tier.SOURCE: 1}
+    assert counts.misses == {Tier.DEVICE: 2, Tier.HOST: 1, Tier.DISK: 1}
+
+
+def digest(seed: int) -> str:
+    return hashlib.sha256(bytes([seed])).hexdigest()
+
+
+def put(tier: DiskTier, seed: int, size: int = 100, source: str | None = None) -> list[Path]:
+    """As the loader and the cache actor do: a temporary file, then the books."""
+    descriptor, path = temporary_file(tier.folder)
+    os.write(descriptor, bytes([seed]) * size)
+    os.close(descriptor)
+    gone = tier.take(source or f"source {seed}", digest(seed), path, size)
+    remove(gone)
+    return gone
 
 
 def files(folder: Path) -> set[str]:
@@ -68,149 +100,212 @@ def files(folder: Path) -> set[str]:
 
 
 def test_disk_survives_a_restart(tmp_path: Path) -> None:
-    one, two = content(1), content(2)
-    tier = disk(tmp_path / "new" / "cache")
-    assert tier.put(*one) and tier.put(*two) and tier.put(*two)
+    tier = DiskTier(tmp_path / "new" / "cache", 1000)
+    for seed in (1, 2, 2):
+        put(tier, seed)
+    put(tier, 1, source="another name")
     assert tier.used_bytes == 200
-    assert tier.remember("source", one[0]) and tier.remember("source", one[0])
-    again = disk(tmp_path / "new" / "cache")
+    again = DiskTier(tmp_path / "new" / "cache", 1000)
     assert again.used_bytes == 200 and len(again) == 2
-    assert again.digest_of("source") == one[0] and again.get(one[0]) == one[1]
-    assert again.digest_of("other") is None and again.get(content(3)[0]) is None
-    assert (again.hits, again.misses) == (1, 1)
+    path = again.find("source 1")
+    assert path is not None and path.read_bytes() == bytes([1]) * 100
+    assert again.find("another name") == path and again.find("source 3") is None
+    assert again.size_bytes("source 2") == 100 and again.size_bytes("source 3") is None
 
 
 def test_disk_evicts_by_last_use_also_after_a_restart(tmp_path: Path) -> None:
-    tier = disk(tmp_path, 300)
-    digests = [content(i)[0] for i in range(4)]
-    for i in range(3):
-        tier.put(*content(i))
-        os.utime(tmp_path / f"{digests[i]}.lora", ns=(i, i))
-    assert tier.get(digests[0]) is not None
-    tier = disk(tmp_path, 300)
-    tier.put(*content(3))
-    assert [d in tier for d in digests] == [True, False, True, True]
-    assert tier.used_bytes == 300 and tier.evictions == 1
-    assert len(disk(tmp_path, 100)) == 1  # a smaller quota at the next start
+    tier = DiskTier(tmp_path, 300)
+    for seed in range(3):
+        put(tier, seed)
+        os.utime(tmp_path / f"{digest(seed)}.lora", ns=(seed, seed))
+    assert tier.find("source 0") is not None
+    tier = DiskTier(tmp_path, 300)
+    gone = put(tier, 3)
+    assert gone == [tmp_path / f"{digest(1)}.lora"]
+    assert [digest(seed) in tier for seed in range(4)] == [True, False, True, True]
+    assert tier.used_bytes == 300 and tier.evictions == 1 and tier.find("source 1") is None
+    assert len(DiskTier(tmp_path, 100)) == 1  # a smaller quota at the next start
+    assert len(files(tmp_path)) == 2
 
 
 def test_disk_keeps_nothing_larger_than_itself(tmp_path: Path) -> None:
-    tier = disk(tmp_path, 300)
-    tier.put(*content(1))
-    assert not tier.put(*content(2, 301))
-    assert len(tier) == 1 and tier.failed_writes == 0
+    tier = DiskTier(tmp_path, 300)
+    put(tier, 1)
+    assert len(put(tier, 2, size=301)) == 1
+    assert len(tier) == 1 and tier.failed_writes == 0 and len(files(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "empty"])
-def test_a_damaged_file_is_dropped_and_a_miss(damage: str, tmp_path: Path) -> None:
-    digest, data = content(1)
-    tier = disk(tmp_path)
-    tier.put(digest, data)
-    tier.remember("source", digest)
-    path = tmp_path / f"{digest}.lora"
-    damaged = {"flip": b"x" + data[1:], "cut": data[:-1], "empty": b""}
-    if damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(damaged[damage])
-    assert tier.get(digest) is None
-    assert (tier.corrupt, tier.misses, tier.used_bytes) == (1, 1, 0)
-    assert digest not in tier and tier.digest_of("source") is None and not path.exists()
-    assert tier.put(digest, data) and tier.get(digest) == data
+def test_a_damaged_file_is_dropped(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 1000)
+    put(tier, 1)
+    assert tier.drop("source 2") == []
+    assert tier.drop("source 1") == [tmp_path / f"{digest(1)}.lora"]
+    assert (tier.damaged, tier.used_bytes, tier.find("source 1")) == (1, 0, None)
+    put(tier, 1)
+    assert tier.find("source 1") is not None
 
 
-def test_a_crash_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tier = disk(tmp_path)
-    tier.put(*content(1))
-    tier.remember("one", content(1)[0])
-
-    class Killed(BaseException):
-        pass
-
-    def crash(*_: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", crash)
-        with pytest.raises(Killed):
-            tier.put(*content(2))
-        with pytest.raises(Killed):
-            tier.remember("two", content(1)[0])
-    assert len(files(tmp_path)) == 4  # two of them temporary
+def test_a_crash_leaves_nothing_half(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 1000)
+    put(tier, 1)
+    descriptor, path = temporary_file(tmp_path)  # killed while it wrote
+    os.close(descriptor)
+    (tmp_path / ".jlorax-fetched.tmp").mkdir()
+    (tmp_path / ".jlorax-fetched.tmp" / "adapter_config.json").write_text("{}")
     (tmp_path / "theirs.tmp").write_text("not ours")
-    (tmp_path / f"{content(5)[0]}.lora").symlink_to("/etc/passwd")
-    tier = disk(tmp_path)
-    assert files(tmp_path) == {f"{content(1)[0]}.lora", "index.json", "theirs.tmp"}
-    assert tier.digest_of("one") == content(1)[0] and tier.digest_of("two") is None
+    (tmp_path / f"{digest(5)}.lora").symlink_to("/etc/passwd")
+    with (tmp_path / "index.jsonl").open("ab") as index:
+        index.write(b'{"source": "source 2", "dig')
+    tier = DiskTier(tmp_path, 1000)
+    assert files(tmp_path) == {f"{digest(1)}.lora", "index.jsonl", "theirs.tmp"}
+    assert tier.find("source 1") is not None and tier.find("source 2") is None and path != tmp_path
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"sources": [1]}', '{"sources": {"a": []}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"source": 1}', '{"source": 1, "digest": []}'])
 def test_a_broken_index_is_an_empty_one(text: str, tmp_path: Path) -> None:
-    disk(tmp_path).put(*content(1))
-    (tmp_path / "index.json").write_text(text)
-    tier = disk(tmp_path)
-    assert tier.digest_of("a") is None and len(tier) == 1
-    assert tier.remember("a", content(1)[0])
+    put(DiskTier(tmp_path, 1000), 1)
+    (tmp_path / "index.jsonl").write_text(text)
+    tier = DiskTier(tmp_path, 1000)
+    assert tier.find("source 1") is None and len(tier) == 1
+    put(tier, 1)
+    assert DiskTier(tmp_path, 1000).find("source 1") is not None
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_disk_full(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tier = disk(tmp_path)
+def test_the_index_does_not_grow_for_ever(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 200)
+    for seed in range(50):
+        put(tier, seed)
+    DiskTier(tmp_path, 200)
+    assert len((tmp_path / "index.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_disk_that_will_not_is_a_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = DiskTier(tmp_path, 1000)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, call, full)
-        assert not tier.put(*content(1)) and not tier.remember("a", content(1)[0])
-    assert tier.failed_writes == 2 and tier.used_bytes == 0 and files(tmp_path) == set()
-    assert tier.put(*content(1))
+        patch.setattr(os, "replace", full)
+        put(tier, 1)
+    assert tier.failed_writes == 1 and tier.used_bytes == 0 and files(tmp_path) == set()
+    put(tier, 1)
+    assert tier.find("source 1") is not None
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=str(tmp_path / "file")):
-        disk(tmp_path / "file" / "cache")
+        DiskTier(tmp_path / "file" / "cache", 10)
     with pytest.raises(ConfigError, match="-1"):
-        disk(tmp_path, -1)
+        DiskTier(tmp_path, -1)
     with pytest.raises(ConfigError, match="/proc"):
-        disk(Path("/proc"))
+        DiskTier(Path("/proc"), 10)
 
 
 def test_a_digest_is_no_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no sha256"):
-        disk(tmp_path).put("../../x", b"")
+        DiskTier(tmp_path, 10).take("source", "../../x", tmp_path / "x", 1)
 
 
-def test_a_packed_adapter_through_the_disk(tmp_path: Path) -> None:
+# ---- the loader
+
+
+def a_record(folder: Path, max_rank: int = 256) -> AdapterRecord:
+    registry = Registry(None, "base", max_rank)
+    return registry.record(registry.register("a", helpers.write_good(folder)))
+
+
+@pytest.mark.parametrize("damage", [None, "flip", "cut", "gone", "empty"])
+def test_a_packed_file_is_read_again_or_its_source(damage: str | None, tmp_path: Path) -> None:
     layout = helpers.layout("bfloat16")
-    folder = helpers.write_good(tmp_path / "a")
-    packed = pack(read_adapter(folder, "a", layout.projections, 8), layout)
-    digest = "0" * 64
-    DiskTier(tmp_path / "cache", 10**6).put(digest, to_bytes(packed, layout))
-    tier = DiskTier(tmp_path / "cache", 10**6)
-    data = tier.get(digest)
-    assert data is not None
-    again = np.asarray(from_bytes(data, layout).buffer)
-    assert again.tobytes() == np.asarray(packed.buffer).tobytes()
-    path = tmp_path / "cache" / f"{digest}.lora"
-    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert tier.get(digest) is None and tier.corrupt == 1
+    loader, record = Loader(layout), a_record(tmp_path / "a")
+    first = loader.load(record)
+    spooled = loader.spool(record, first.built, tmp_path)
+    assert (first.tier, first.kept_is_damaged) == (Tier.SOURCE, False)
+    assert (
+        spooled.source == loader.key(record) and spooled.path.stat().st_size == spooled.size_bytes
+    )
+    data = spooled.path.read_bytes()
+    if damage == "gone":
+        spooled.path.unlink()
+    elif damage:
+        broken = {"flip": data[:-1] + bytes([data[-1] ^ 1]), "cut": data[:-1], "empty": b""}
+        spooled.path.write_bytes(broken[damage])
+    again = loader.load(record, spooled.path)
+    assert np.asarray(again.packed.buffer).tobytes() == np.asarray(first.packed.buffer).tobytes()
+    assert again.tier is (Tier.SOURCE if damage else Tier.DISK)
+    assert again.kept_is_damaged is bool(damage)
+
+
+def test_a_spool_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, record = Loader(helpers.layout()), a_record(tmp_path / "a")
+    load = loader.load(record)
+    (tmp_path / "spool").mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("jlorax.adapters.loader.write_packed", full)
+    with pytest.raises(OSError, match="No space"):
+        loader.spool(record, load.built, tmp_path / "spool")
+    assert files(tmp_path / "spool") == set()
+
+
+class CopyingMemory:
+    """As a GPU's: buffers are built in memory that is used again, and kept elsewhere."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+        self.kept: list[np.ndarray] = []
+
+    def blank(self, num_bytes: int) -> np.ndarray:
+        room = self.scratch.room(num_bytes)
+        room[:] = 0
+        return room
+
+    def keep(self, buffer: np.ndarray) -> HostBuffer:
+        self.kept.append(buffer.copy())
+        return self.kept[-1]
 
 
 def test_what_is_loaded_waits_where_the_device_reads_it(tmp_path: Path) -> None:
-    """Whether it comes from its folder or from the disk tier."""
-    layout = helpers.layout()
-    registry = Registry(None, "base", layout.max_rank)
-    version = registry.register("a", helpers.write_good(tmp_path / "a"))
-    moved: list[np.ndarray] = []
+    """From its folder or from the disk tier; and memory that is used again is clean."""
+    layout, memory = helpers.layout(), CopyingMemory()
+    loader = Loader(layout, memory=memory)
+    large = Registry(None, "base", layout.max_rank)
+    names = ("q_proj", "v_proj")
+    folder = helpers.write_good(tmp_path / "large", names=names, rank=31, seed=7)
+    loader.load(large.record(large.register("large", folder)))
+    record = a_record(tmp_path / "a")
+    expected = np.asarray(Loader(layout).load(record).packed.buffer)
+    first = loader.load(record)
+    spooled = loader.spool(record, first.built, tmp_path)
+    second = loader.load(record, spooled.path)
+    for load in (first, second):
+        assert any(load.packed.buffer is kept for kept in memory.kept)
+        assert np.array_equal(np.asarray(load.packed.buffer), expected)
 
-    def to_host(buffer: np.ndarray) -> np.ndarray:
-        moved.append(buffer.copy())
-        return moved[-1]
 
-    loader = Loader(layout, DiskTier(tmp_path / "cache", 10**6), to_host)
-    for tier in (Tier.SOURCE, Tier.DISK):
-        packed, found = loader.load(registry.record(version))
-        assert found is tier and packed.buffer is moved[-1] and moved[-1].any()
-    assert len(moved) == 2
+def test_a_load_that_nobody_wants_stops(tmp_path: Path) -> None:
+    answers = iter([True, False])
+    record = a_record(tmp_path / "a")
+    with pytest.raises(LoadCancelled):
+        Loader(helpers.layout()).load(record, is_wanted=lambda: next(answers))
+
+
+def test_threads_do_not_share_scratch() -> None:
+    scratch, rooms = Scratch(), []
+
+    def take(into: Callable[[np.ndarray], None]) -> None:
+        into(scratch.room(100))
+
+    for _ in range(2):
+        thread = threading.Thread(target=take, args=(rooms.append,))
+        thread.start()
+        thread.join()
+    take(rooms.append)
+    take(rooms.append)
+    starts = [room.ctypes.data for room in rooms]
+    assert starts[2] == starts[3] and len(set(starts[:3])) == 3
+    assert len(scratch.room(1 << 29)) == 1 << 29 and len(scratch.room(100)) == 100

@@ -21,9 +21,10 @@ from jlorax.device.executables import ExecutableStore
 from jlorax.device.lora_bank import (
     BankWriter,
     BufferWriter,
+    LockedMemory,
     PageWriter,
     empty_bank,
-    host_buffer,
+    host_memory,
 )
 from jlorax.layout import BankLayout, PoolKey, SlotWrite, rank_pages
 from jlorax.models.lora import Bank
@@ -201,11 +202,22 @@ def test_a_page_locked_buffer_is_written_the_same(
     world.check()
 
 
-def test_a_cpu_reads_the_host_buffer_in_place(layout: BankLayout, tmp_path: Path) -> None:
+def test_a_cpu_reads_the_host_memory_in_place(layout: BankLayout, tmp_path: Path) -> None:
     ranks = ADAPTERS["wide"]
     buffer = np.asarray(pack(helpers.adapter(tmp_path, layout, ranks), layout).buffer)
-    assert host_buffer(buffer) is buffer
+    assert host_memory().keep(buffer) is buffer
     assert jax.device_put(buffer).unsafe_buffer_pointer() == buffer.ctypes.data
+
+
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="a CPU's memory is the host's own")
+def test_locked_memory_keeps_a_copy_of_what_is_built_in_used_memory(tmp_path: Path) -> None:
+    memory = LockedMemory(jax.devices()[0])
+    first = memory.blank(4096).view(np.float32).reshape(2, -1)
+    first[:] = 1
+    kept = memory.keep(first)
+    second = memory.blank(4096)
+    assert second.ctypes.data == first.ctypes.data and not second.any()
+    assert np.array_equal(np.asarray(kept), np.ones((2, 512), np.float32))
 
 
 def test_nothing_is_compiled_at_a_write(

@@ -12,7 +12,7 @@ import pytest
 
 from jlorax.errors import AdapterInvalid, JLoraxError, Overloaded, PromptTooLong, Unavailable
 from jlorax.types import FinishReason, GenerateRequest, TokenEvent
-from tests.fakes import FakeEngine, adapter_info
+from tests.fakes import FakeEngine
 from tests.servers.serving import in_loop, serving
 
 COMPLETION = {"model": "tiny/base", "prompt": "hi"}
@@ -262,53 +262,3 @@ async def test_validation_names_the_field() -> None:
         assert answer.status == 400
         assert answer.json["error"]["param"] == "top_p"
         assert answer.json["error"]["type"] == "invalid_request_error"
-
-
-@in_loop
-async def test_models_and_adapters() -> None:
-    async with serving() as server:
-        loaded = await server.post("/v1/adapters", {"adapter_id": "org/x", "folder": "sql"})
-        assert loaded.status == 201
-        assert (loaded.json["adapter_id"], loaded.json["rank"]) == ("org/x", 8)
-        cards = (await server.get("/v1/models")).json["data"]
-        assert [(card["id"], card["parent"]) for card in cards] == [
-            ("tiny/base", None),
-            ("org/x", "tiny/base"),
-        ]
-        assert (await server.get("/v1/adapters")).json["data"] == [loaded.json]
-        again = await server.post("/v1/adapters", {"adapter_id": "org/x", "folder": "sql"})
-        assert (again.status, again.json["error"]["code"]) == (409, "adapter_conflict")
-        answer = await server.post("/v1/completions", COMPLETION | {"model": "org/x"})
-        assert answer.json["model"] == "org/x"
-        gone = await server.call("DELETE", "/v1/adapters/org/x")
-        assert (gone.status, gone.text) == (204, "")
-        missing = await server.call("DELETE", "/v1/adapters/org/x")
-        assert (missing.status, missing.json["error"]["code"]) == (404, "model_not_found")
-
-
-@in_loop
-async def test_an_adapter_in_use_needs_force() -> None:
-    used = {"x": adapter_info("x", num_requests=3)}
-    async with serving(FakeEngine(registered=used)) as server:
-        refused = await server.call("DELETE", "/v1/adapters/x")
-        assert refused.status == 409
-        assert "3 requests" in refused.json["error"]["message"]
-        assert (await server.call("DELETE", "/v1/adapters/x?force=maybe")).status == 400
-        assert (await server.call("DELETE", "/v1/adapters/x?force=true")).status == 204
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"adapter_id": "tiny/base", "folder": "x"},
-        {"adapter_id": "../x", "folder": "x"},
-        {"adapter_id": "x", "folder": "../x"},
-        {"folder": "x"},
-    ],
-)
-@in_loop
-async def test_adapters_that_cannot_be_registered(body: dict[str, Any]) -> None:
-    async with serving() as server:
-        answer = await server.post("/v1/adapters", body)
-        assert answer.status == (409 if body.get("adapter_id") == "tiny/base" else 400)
-        assert not server.engine.registered

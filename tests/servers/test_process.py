@@ -34,6 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("one", "two")):
         write_adapter(home / name, seed + 1)
     write_adapter(home / "root" / "three", 3, rank=12)
+    write_adapter(home / "root" / "four", 4)
     write_adapter(home / "root" / "broken", 4)
     (home / "root" / "broken" / "adapter_model.safetensors").write_bytes(b"not tensors")
     return home
@@ -147,6 +148,21 @@ def test_adapters_can_be_loaded_and_unloaded(server: ServerProcess) -> None:
     assert server.request("/v1/adapters", {"adapter_id": "late", "folder": "three"})[0] == 409
     assert server.request("/v1/adapters/late", method="DELETE")[0] == 204
     assert generate(server, "Hello", adapter_id="late")[0] == 404
+
+
+def test_an_adapter_is_replaced_and_pinned(server: ServerProcess) -> None:
+    four, three = (generate(server, "Hello", adapter_id=name) for name in ("four", "three"))
+    assert four != three
+    body = {"adapter_id": "turn", "folder": "four"}
+    assert server.request("/v1/adapters", body)[0] == 201
+    assert generate(server, "Hello", adapter_id="turn") == four
+    assert server.request("/v1/adapters/turn/pin", {})[2]["tier"] == "device"
+    status, _, info = server.request("/v1/adapters", body | {"folder": "three", "replace": True})
+    assert (status, info["generation"]) == (201, 2)
+    assert generate(server, "Hello", adapter_id="turn") == three
+    assert server.request("/v1/adapters/turn/pin", method="DELETE")[0] == 200
+    assert server.request("/v1/unload_lora_adapter", {"lora_name": "turn"})[0] == 200
+    assert generate(server, "Hello", adapter_id="turn")[0] == 404
 
 
 def _is_clean(server: ServerProcess) -> bool:

@@ -61,6 +61,7 @@ EXAMPLES = {
     "port": "9000",
     "adapter_root": "root",
     "adapter": "a=b",
+    "remote": "far=hub",
     "buckets": "2,4",
     "disk_cache": "d",
     "cache_dir": "c",
@@ -193,3 +194,14 @@ def test_the_help_names_both_defaults() -> None:
     assert "(float32; on a GPU bfloat16)" in texts["dtype"]
     assert "(256MiB; on a GPU 4GiB)" in texts["adapter_bank_bytes"]
     assert "(1,8,32; on a GPU 1,8,16,32,64,128,256)" in texts["buckets"]
+
+
+def test_where_adapters_come_from_and_who_is_there_first() -> None:
+    named = flags("--remote=far=hub", "--remote=s3=s3://b/p?region=x", "--pin=a", "--preload=none")
+    adapters = engine_config(read_settings(named, {}), ENVIRONMENT, CPU).adapters
+    assert adapters.remotes == (("far", "hub"), ("s3", "s3://b/p?region=x"))
+    assert (adapters.pinned, adapters.preload) == (("a",), ())
+    unnamed = engine_config({}, ENVIRONMENT, CPU).adapters
+    assert unnamed.preload is None and 2 <= unnamed.num_loaders <= 8
+    with pytest.raises(ConfigError, match="NAME=URL"):
+        read_settings(flags("--remote=hub"), {})
