@@ -129,7 +129,7 @@ class AsyncClient:
     async def load_adapter(
         self, adapter_id: str, folder: str, replace: bool = False
     ) -> AdapterInfo:
-        """Registers a folder under the server's adapter root; ``replace``: the name may be taken."""
+        """Registers a folder under the server's root; ``replace``: the name may be taken."""
         body = {"adapter_id": adapter_id, "folder": folder, "replace": replace}
         return read_adapter(await self._json("POST", "/v1/adapters", body))
 

@@ -1,4 +1,4 @@
-"""The whole engine on a tiny Llama: 40 adapters over 4 slots; no company changes a token."""
+"""The whole engine on a tiny Llama: 200 adapters over 4 slots; no company changes a token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from jlorax.errors import AdapterConflict, AdapterNotFound, JLoraxError, Unavail
 from jlorax.types import GenerateRequest, GenerateResult, SamplingParams, TokenEvent
 from tests import tiny_llama
 
-NUM_ADAPTERS = 40
+NUM_ADAPTERS = 200
 NAMES = [f"team/adapter-{i}" for i in range(NUM_ADAPTERS)]
 ADAPTER_BYTES = 17_500  # packed: one page a projection
 TIE = 1e-4  # of the largest log-probability: a margin this small may fall either way
@@ -60,14 +60,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
         cache_dir=folder / "cache",
         model=ModelSource(str(tiny_llama.write_model(folder / "tiny"))),
         steps=StepConfig(decode_buckets=(8,), extend_buckets=(32,), tile=8),
-        scheduler=SchedulerConfig(max_batch=8, max_queued=64, max_overtake_s=0.05),
+        scheduler=SchedulerConfig(max_batch=8, max_queued=256, max_overtake_s=0.05),
         kv=KVConfig(max_seq_len=64, cache_bytes=16 * 4 * 8 * 2 * 2 * 16, page_size=4),
         adapters=AdapterConfig(
             root=folder / "adapters",
             bank_bytes=5 * ADAPTER_BYTES,
             max_slots=4,
             max_rank=8,
-            host_cache_bytes=8 * ADAPTER_BYTES,
+            host_cache_bytes=16 * ADAPTER_BYTES,
             disk_dir=folder / "disk",
         ),
         executable_dir=folder / "executables",
@@ -95,7 +95,7 @@ async def all_is_back(engine: Engine) -> None:
         while not _is_empty(engine):  # noqa: ASYNC110 - the engine offers no event for this
             await asyncio.sleep(0.001)
     engine._policy.check()
-    engine._parts.slots.check()
+    engine._parts.tiers.slots.check()
     assert engine.stats().executables_compiled_after_ready == 0
 
 
@@ -165,8 +165,8 @@ def test_every_adapter_gives_its_right_answer_through_all_tiers(home: Home) -> N
         metrics = home.engine.metrics().decode()
         for tier in ("source", "disk"):
             assert re.search(rf'adapter_loads_total{{tier="{tier}"}} [1-9]', metrics), tier
-        assert home.engine._parts.host_tier.evictions > 0
-        assert home.engine._parts.slots.evictions > 0
+        assert home.engine._parts.tiers.host.evictions > 0
+        assert home.engine._parts.tiers.slots.evictions > 0
 
     home.run(test())
 
@@ -186,7 +186,7 @@ def test_random_company_changes_nobodys_tokens(home: Home, seed: int) -> None:
             else:
                 theirs = [t.id for t in lonely.tokens][: len(tokens)]
                 assert tokens == theirs or lonely.seed is None, (request, tokens, theirs)
-        assert complete > 20
+        assert complete > 15
         assert home.engine._policy.num_preemptions > 0
 
     home.run(test())
