@@ -120,15 +120,15 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
         num_in=sizes["num_in"],
         num_out=sizes["num_out"],
         rounds=arguments.rounds,
-        settings=dict(_setting(text) for text in arguments.set),
+        settings=dict(setting(text) for text in arguments.set),
         seed=arguments.seed,
         start_deadline_s=arguments.start_deadline_s,
     )
 
 
-def _setting(text: str) -> tuple[str, str]:
+def setting(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
-    if key not in {setting.key for setting in settings.SETTINGS} or not equals:
+    if key not in {known.key for known in settings.SETTINGS} or not equals:
         raise SystemExit(f"--set {text}: a setting of jlorax serve is given as KEY=VALUE")
     return key, value
 

@@ -3,6 +3,9 @@
 lora_B is not zero, so that an adapter which is left out changes the tokens. No torch needed.
 Numbers are drawn once and every tensor is a window into them, at an offset of its own: so 64
 adapters of a 7B model (2 GB in bfloat16) take as long as writing them does.
+
+With hard links a few weight files serve any number of folders, each with a lora_alpha of its own:
+versions that differ, at the cost of a small file each.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,13 +21,16 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from benchmarks.shapes import SHAPES, write_shape
 from jlorax.models.config import read_config
 from jlorax.models.embedded import ensure_embedded_model
 from jlorax.types import Projection
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_WEIGHTS_FILE = "adapter_model.safetensors"
 _NUM_OFFSETS = 1 << 20
+_ALPHA_STEP = 1 / 1024  # exact in float32, and far below what alpha is
 _B_STD = 0.02  # with alpha = 2 r: a few percent of the base weights, as after a short training
 
 
@@ -36,24 +43,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--targets", nargs="+", default=ATTENTION, metavar="NAME", help="projections (q,k,v,o)"
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="base model (the embedded one)")
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--model", type=Path, metavar="DIR", help="base model (the embedded one)")
+    base.add_argument("--shape", choices=tuple(SHAPES), help="of a well-known base model instead")
+    parser.add_argument(
+        "--hard-link",
+        type=int,
+        metavar="N",
+        help="write N weight files, link the other folders to them; lora_alpha differs in each",
+    )
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="(float32)")
     parser.add_argument("--seed", type=int, default=0)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    model = arguments.model or ensure_embedded_model(default_cache_dir())
-    folders = make_adapters(
-        model,
-        arguments.out,
-        arguments.num,
-        ranks=arguments.rank,
-        targets=arguments.targets,
-        seed=arguments.seed,
-        dtype=arguments.dtype,
-    )
+    with tempfile.TemporaryDirectory(prefix="jlorax-shape-") as name:
+        folders = make_adapters(
+            _base_model(arguments, Path(name)),
+            arguments.out,
+            arguments.num,
+            ranks=arguments.rank,
+            targets=arguments.targets,
+            seed=arguments.seed,
+            dtype=arguments.dtype,
+            hard_link=arguments.hard_link,
+        )
     print(f"{len(folders)} adapters in {arguments.out}")
     return 0
+
+
+def _base_model(arguments: argparse.Namespace, folder: Path) -> Path:
+    if arguments.shape is not None:
+        return write_shape(arguments.shape, folder)
+    return arguments.model or ensure_embedded_model(default_cache_dir())
 
 
 def default_cache_dir() -> Path:
@@ -71,20 +93,38 @@ def make_adapters(
     targets: Sequence[str] = ATTENTION,
     seed: int = 0,
     dtype: str = "float32",
+    hard_link: int | None = None,
 ) -> list[Path]:
-    """``num`` PEFT folders below ``out``, ranks in turn. Adapter i is the same whatever ``num``."""
+    """``num`` PEFT folders below ``out``, ranks in turn. Adapter i is the same whatever ``num``.
+
+    ``hard_link`` N: folder i has the weights, and so the rank, of folder i modulo N.
+    """
+    if hard_link is not None and hard_link < 1:
+        raise SystemExit(f"{hard_link} weight files are too few to link to")
     projections = _targeted(read_config(model).projections(), targets)
     numbers = _Numbers(projections, max(ranks), seed, DTYPES[dtype])
-    folders = []
-    for i in range(num):
-        folder = out / f"adapter-{i:04d}"
-        rank = ranks[i % len(ranks)]
+    folders = [out / f"adapter-{i:04d}" for i in range(num)]
+    num_files = num if hard_link is None else min(num, hard_link)
+    for i, folder in enumerate(folders):
+        number = i % num_files
+        rank = ranks[number % len(ranks)]
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = _tensors(projections, rank, numbers, np.random.default_rng((seed, i)))
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(_config(rank, targets), indent=2))
-        folders.append(folder)
+        weights = folder / _WEIGHTS_FILE
+        if i == number:
+            tensors = _tensors(projections, rank, numbers, np.random.default_rng((seed, i)))
+            weights.unlink(missing_ok=True)  # some safetensors would write through a link
+            save_file(tensors, weights, {"format": "pt"})
+        else:
+            _link(folders[number] / _WEIGHTS_FILE, weights)
+        alpha = 2 * rank if hard_link is None else 2 * rank + i * _ALPHA_STEP
+        config = json.dumps(_config(rank, alpha, targets), indent=2)
+        (folder / "adapter_config.json").write_text(config)
     return folders
+
+
+def _link(target: Path, name: Path) -> None:
+    name.unlink(missing_ok=True)
+    name.hardlink_to(target)
 
 
 def _targeted(projections: tuple[Projection, ...], targets: Sequence[str]) -> list[Projection]:
@@ -130,13 +170,13 @@ def _tensors(
     return tensors
 
 
-def _config(rank: int, targets: Sequence[str]) -> dict[str, object]:
+def _config(rank: int, alpha: float, targets: Sequence[str]) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": 2 * rank,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": list(targets),

@@ -40,7 +40,7 @@ ROOM = 8  # visitors at once, beside the batch
 NUM_SLOTS = 8  # at least; as many adapters more take turns in them
 _PROMPT = tuple(range(1, 17))
 _REPEATS = 20
-_MISSES = re.compile(rb'^jlorax_adapter_lookups_total\{result="miss"\} (\S+)$', re.MULTILINE)
+_USABLE = re.compile(rb"^jlorax_adapter_load_seconds_count\{.*\} (\S+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,7 @@ async def _visit(engine: Engine, adapter_id: str | None) -> None:
 
 def num_uploads(engine: Engine) -> int:
     """So far."""
-    found = _MISSES.search(engine.metrics())
-    return 0 if found is None else int(float(found.group(1)))
+    return sum(int(float(count)) for count in _USABLE.findall(engine.metrics()))
 
 
 def gaps_ms(times_s: Sequence[Sequence[float]]) -> dict[str, float]:

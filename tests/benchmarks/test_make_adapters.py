@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,43 @@ def test_bfloat16_halves_the_file_and_reads_as_well(model: Path, tmp_path: Path)
     assert b.std() == pytest.approx(0.02, rel=0.2)
 
 
+def test_hard_links_share_weights_in_turn_while_every_config_differs(
+    model: Path, tmp_path: Path
+) -> None:
+    def made() -> list[Path]:
+        return make_adapters(model, tmp_path, 7, ranks=(4, 8, 16), hard_link=2)
+
+    folders = made()
+    inodes = [(f / "adapter_model.safetensors").stat().st_ino for f in folders]
+    assert len(set(inodes)) == 2
+    assert inodes == [inodes[i % 2] for i in range(7)]
+    configs = [json.loads((f / "adapter_config.json").read_text()) for f in folders]
+    assert len({config["lora_alpha"] for config in configs}) == 7
+    projections = read_config(model).projections()
+    read = [read_adapter(f, f.name, projections, max_rank=64) for f in folders]
+    assert [adapter.ranks["q_proj"] for adapter in read] == [4, 8, 4, 8, 4, 8, 4]
+    weights = [(f / "adapter_model.safetensors").read_bytes() for f in folders]
+    made()  # over what is there
+    assert [(f / "adapter_model.safetensors").read_bytes() for f in folders] == weights
+
+
+def test_making_them_anew_never_writes_through_a_link(model: Path, tmp_path: Path) -> None:
+    linked = make_adapters(model, tmp_path, 4, hard_link=2)
+    separate = make_adapters(model, tmp_path, 4)
+    assert linked == separate
+    whole = [(f / "adapter_model.safetensors").read_bytes() for f in separate]
+    assert len(set(whole)) == 4
+
+
+def test_the_command_links_and_takes_a_shape_for_a_model(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert (
+        main(["make-adapters", "3", "--shape", "tiny", "--hard-link", "1", "--out", str(out)]) == 0
+    )
+    files = [out / f"adapter-000{i}" / "adapter_model.safetensors" for i in range(3)]
+    assert len({file.stat().st_ino for file in files}) == 1
+
+
 def test_the_command_writes_the_targets_asked_for(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = ["2", "--rank", "4", "--targets", "up_proj", "--model", str(model), "--out", str(out)]
@@ -68,6 +106,11 @@ def test_the_command_writes_the_targets_asked_for(model: Path, tmp_path: Path) -
 def test_an_unknown_target_is_named(model: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="queue_proj"):
         make_adapters(model, tmp_path, 1, targets=("queue_proj",))
+
+
+def test_no_files_to_link_to_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="0 weight files"):
+        make_adapters(model, tmp_path, 1, hard_link=0)
 
 
 def test_peft_loads_them_and_they_move_the_logits(model: Path, tmp_path: Path) -> None:
