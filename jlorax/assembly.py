@@ -17,6 +17,7 @@ from jlorax.adapters.disk_tier import DiskTier, remove
 from jlorax.adapters.host_tier import HostTier
 from jlorax.adapters.loader import Loader, Spooled
 from jlorax.adapters.pack import PackedAdapter
+from jlorax.adapters.packing import PackerProcess
 from jlorax.adapters.placement import share_bank
 from jlorax.adapters.registry import DEFAULT_TENANT, AdapterRecord, Registry
 from jlorax.adapters.remote import open_remote, parse_remote
@@ -195,7 +196,7 @@ def adapter_tiers(
     return AdapterTiers(
         registry=registry,
         remote_names=RemoteNames(registry, tuple(sources)),
-        loader=Loader(layout, Sources(sources, adapters.disk_dir), host_memory()),
+        loader=Loader(layout, Sources(sources, adapters.disk_dir), host_memory(), PackerProcess),
         disk=_disk_tier(config),
         host=HostTier(adapters.host_cache_bytes),
         slots=SlotTable(plan.max_slots, plan.pool_pages),
@@ -207,10 +208,11 @@ def preload_adapters(
     config: EngineConfig, tiers: AdapterTiers, progress: Progress = no_progress
 ) -> None:
     """Reads adapters and checks them, into RAM while there is room; a bad one stops the start.
-    The others wait for their first request."""
+    The others wait for their first request. Nobody is served yet: no process is needed for it."""
+    loader = Loader(tiers.loader.layout, tiers.loader.sources, tiers.loader.memory)
     records = _to_preload(config, tiers.registry)
     with ThreadPoolExecutor(config.adapters.num_loaders) as threads:
-        loads = [threads.submit(_preload, tiers, record) for record in records]
+        loads = [threads.submit(_preload, loader, tiers.disk, record) for record in records]
         try:
             for i, (record, load) in enumerate(zip(records, loads, strict=True)):
                 _keep(tiers, record, *load.result())
@@ -230,15 +232,16 @@ def _to_preload(config: EngineConfig, registry: Registry) -> list[AdapterRecord]
     return [record for _, record in found if record is not None]
 
 
-def _preload(tiers: AdapterTiers, record: AdapterRecord) -> tuple[PackedAdapter, Spooled | None]:
+def _preload(
+    loader: Loader, disk: DiskTier | None, record: AdapterRecord
+) -> tuple[PackedAdapter, Spooled | None]:
     """On a thread; the books are for the caller."""
-    loader, disk = tiers.loader, tiers.disk
     kept = None if disk is None else disk.find(loader.key(record))
     load = loader.load(record, kept)
     if disk is None or load.tier is not Tier.SOURCE:
         return load.packed, None
     try:
-        return load.packed, loader.spool(record, load.built, disk.folder)
+        return load.packed, loader.spool(record, load.packed, disk.folder)
     except OSError:
         return load.packed, None
 

@@ -14,6 +14,8 @@
     ├── AdapterConflict            it exists already, or is in use
     ├── Overloaded                 a bounded queue is full: come back later
     ├── Unavailable                the engine is starting, draining or dead
+    ├── Unauthorized               no key, or one that the server does not know
+    ├── Forbidden                  the key may not do that
     ├── RequestCancelled           the caller went away
     ├── ModelInvalid               the base model cannot be loaded
     │   └── UnsupportedModel       its architecture is not one of ours
@@ -24,11 +26,23 @@ A message always carries the numbers. HTTP statuses are decided in ``servers`` a
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class JLoraxError(Exception):
     """Root of the tree. ``code`` is a stable word for machines."""
 
     code = "internal"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Constructors differ, so that another process rebuilds it from what it holds."""
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[JLoraxError], args: tuple[Any, ...], fields: dict[str, Any]) -> JLoraxError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
 
 
 class InvalidRequest(JLoraxError):
@@ -141,6 +155,18 @@ class Unavailable(JLoraxError):
     def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class Unauthorized(JLoraxError):
+    """No API key came with the request, or one that the server does not know."""
+
+    code = "invalid_api_key"
+
+
+class Forbidden(JLoraxError):
+    """Who asks may not do that."""
+
+    code = "forbidden"
 
 
 class RequestCancelled(JLoraxError):

@@ -192,6 +192,9 @@ class HostMemory(Protocol):
     def keep(self, buffer: np.ndarray) -> HostBuffer:
         """The finished buffer, where the device likes to read it; it never changes again."""
 
+    def copy(self, buffer: np.ndarray) -> HostBuffer:
+        """The same for a buffer of somebody else's."""
+
 
 class PlainMemory:
     """For a device that is the host: what was built is what is read."""
@@ -202,6 +205,11 @@ class PlainMemory:
     def keep(self, buffer: np.ndarray) -> HostBuffer:
         buffer.flags.writeable = False
         return buffer
+
+    def copy(self, buffer: np.ndarray) -> HostBuffer:
+        own = aligned_zeros(buffer.nbytes).view(buffer.dtype).reshape(buffer.shape)
+        np.copyto(own, buffer)
+        return self.keep(own)
 
 
 class Scratch(threading.local):

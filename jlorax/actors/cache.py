@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ from jlorax.actors.messages import (
 )
 from jlorax.adapters.disk_tier import remove
 from jlorax.adapters.load_queue import LoadQueue, Ticket, Urgency
-from jlorax.adapters.loader import LoadCancelled, Spooled
+from jlorax.adapters.loader import LoadCancelled
 from jlorax.adapters.pack import PackedAdapter
 from jlorax.adapters.placement import slot_write
 from jlorax.adapters.registry import DEFAULT_TENANT, LOCAL, AdapterRecord, Seen
@@ -74,6 +74,7 @@ T = TypeVar("T")
 
 _UPLOAD_BYTES_PER_S = 25e9  # of page-locked memory, about what a PCIe 4 or 5 link gives
 _PREFETCH_SHARE = 0.5  # of the host tier, for what waiting requests had loaded
+_UNSPOOLED_SHARE = 0.125  # of the host tier: what may wait to be written to disk
 _NUM_LOOKUPS = 4  # threads that ask remotes, walk folders, remove files
 
 
@@ -108,6 +109,7 @@ class Cache:
         self._counts = tiers.counts
         self._pin_at_start = tiers.pinned
         self._metrics = metrics
+        self._num_loaders = num_loaders
         self._queue = LoadQueue(num_loaders)
         self._line: dict[AdapterVersion, _InLine] = {}  # first come first served
         self._registrations: dict[AdapterVersion, tuple[LoadAdapter, Callable[[], None]]] = {}
@@ -117,20 +119,26 @@ class Cache:
         self._came_from: dict[AdapterVersion, Tier] = {}
         self._load_s: dict[AdapterVersion, float] = {}
         self._sizes: dict[AdapterVersion, int] = {}
+        self._unspooled: OrderedDict[AdapterVersion, PackedAdapter] = OrderedDict()
+        self._is_spooling = False
         self._kept: dict[tuple[str, str], AdapterVersion] = {}  # (tenant, id) -> pinned version
         self._threads = ThreadPoolExecutor(num_loaders, thread_name_prefix="adapter-load")
         self._lookups = ThreadPoolExecutor(_NUM_LOOKUPS, thread_name_prefix="adapter-lookup")
-        self._host.is_wanted = self._is_wanted
+        self._host.is_wanted = self._waits_in_ram
+        self._slots.is_wanted = self._num_requests.__contains__
 
     async def run(self) -> None:
         try:
+            self._prepare_loaders()
             self._pin_first()
             async for message in self._inbox:
                 await self._take(message)
                 self._start_loads()
+                self._start_spool()
         finally:
             for pool in (self._threads, self._lookups):
                 await asyncio.to_thread(pool.shutdown, cancel_futures=True)
+            await asyncio.to_thread(self._loader.close)
 
     async def _take(self, message: CacheMessage) -> None:
         match message:
@@ -252,7 +260,7 @@ class Cache:
             self._missed_s.pop(version, None)
         self._free_superseded(version)
 
-    def _is_wanted(self, version: AdapterVersion) -> bool:
+    def _waits_in_ram(self, version: AdapterVersion) -> bool:
         """Whether a request waits for it in RAM."""
         return version in self._num_requests and not self._slots.holds(version)
 
@@ -265,7 +273,7 @@ class Cache:
         enough = _PREFETCH_SHARE * self._host.max_bytes
         if self._host.used_bytes <= enough:
             return True
-        wanted = (self._sizes.get(v, 0) for v in self._host if self._is_wanted(v))
+        wanted = (self._sizes.get(v, 0) for v in self._host if self._waits_in_ram(v))
         return sum(wanted) <= enough
 
     def _start_load(self, ticket: Ticket) -> None:
@@ -280,37 +288,52 @@ class Cache:
 
     def _load(self, ticket: Ticket, record: AdapterRecord, kept: Path | None) -> None:
         """On a loader's thread."""
-        start_s = time.monotonic()
+        version, start_s = record.version, time.monotonic()
+        message: CacheMessage
         try:
             load = self._loader.load(record, kept, lambda: ticket.is_wanted)
         except LoadCancelled:
-            self._inbox.post_from_thread(LoadFailed(record.version, None))
-            return
+            message = LoadFailed(version, None)
         except JLoraxError as error:
-            self._inbox.post_from_thread(LoadFailed(record.version, error))
-            return
+            message = LoadFailed(version, error)
         except Exception as error:  # a request's adapter must never end the engine
             reason = f"cannot be read: {error!r}"
-            failure = AdapterInvalid(record.version.adapter_id, "its files", reason)
-            self._inbox.post_from_thread(LoadFailed(record.version, failure))
-            return
-        seconds = time.monotonic() - start_s
-        self._inbox.post_from_thread(
-            Loaded(record.version, load.packed, load.tier, seconds, load.kept_is_damaged)
-        )
-        if load.tier is Tier.SOURCE and self._disk is not None:
-            self._inbox.post_from_thread(SpoolDone(self._spool(record, load.built)))
+            message = LoadFailed(version, AdapterInvalid(version.adapter_id, "its files", reason))
+        else:
+            seconds = time.monotonic() - start_s
+            message = Loaded(version, load.packed, load.tier, seconds, load.kept_is_damaged)
+        self._inbox.post_from_thread(message)
 
-    def _spool(self, record: AdapterRecord, built: PackedAdapter) -> Spooled | None:
-        """On the same thread: the request need not wait for the disk, the next load has to."""
+    # ---- the disk tier is filled behind the requests' backs
+
+    def _start_spool(self) -> None:
+        """One at a time, and when no load runs: a load is waited for, this is not. But what is
+        not yet on disk stays in memory, so that there must not be much of it."""
+        if self._is_spooling or not self._unspooled:
+            return
+        num_bytes = sum(packed.size_bytes for packed in self._unspooled.values())
+        if self._queue.num_running and num_bytes <= _UNSPOOLED_SHARE * self._host.max_bytes:
+            return
+        version, packed = self._unspooled.popitem(last=False)
+        record = self._registry.known(version)
+        if record is not None:
+            self._is_spooling = True
+            self._lookups.submit(self._spool, record, packed)
+
+    def _spool(self, record: AdapterRecord, packed: PackedAdapter) -> None:
+        """On a lookup's thread."""
         assert self._disk is not None
+        spooled = None
         try:
-            return self._loader.spool(record, built, self._disk.folder)
-        except OSError:
-            return None
+            spooled = self._loader.spool(record, packed, self._disk.folder)
+        except OSError as error:
+            log.warning("a packed adapter is not kept on disk: %s", error)
+        finally:
+            self._inbox.post_from_thread(SpoolDone(spooled))
 
     def _spooled(self, message: SpoolDone) -> None:
         assert self._disk is not None
+        self._is_spooling = False
         spooled = message.spooled
         if spooled is None:
             self._disk.failed_writes += 1
@@ -326,6 +349,8 @@ class Cache:
         record = self._registry.known(version)
         if message.kept_is_damaged and self._disk is not None and record is not None:
             self._lookups.submit(remove, self._disk.drop(self._loader.key(record)))
+        if message.tier is Tier.SOURCE and self._disk is not None:
+            self._unspooled[version] = packed
         self._came_from[version] = message.tier
         self._load_s[version] = message.seconds
         self._sizes[version] = packed.size_bytes
@@ -443,6 +468,12 @@ class Cache:
             self._kept.pop((version.tenant, version.adapter_id), None)
             if not reply.done():
                 reply.set_exception(error)
+
+    def _prepare_loaders(self) -> None:
+        """Where adapters may come that nobody named at the start."""
+        if self._registry.adapter_root is not None or self._remote_names.remotes:
+            for _ in range(self._num_loaders):
+                self._threads.submit(self._loader.prepare)
 
     # ---- pinned by an operator
 

@@ -123,9 +123,18 @@ def page_views(
 
 def blank_buffer(need: Mapping[PoolKey, int], layout: BankLayout, blank: Blank) -> np.ndarray:
     """Zeros, as large as these pages travel in."""
-    dtype, num_units = DTYPES[layout.dtype], layout.buffer_size(need)
-    zeros = blank(num_units * layout.unit * dtype.itemsize)
-    return zeros.view(dtype).reshape(num_units, layout.unit)
+    num_bytes = layout.buffer_size(need) * layout.unit * DTYPES[layout.dtype].itemsize
+    return _as_buffer(blank(num_bytes), layout)
+
+
+def buffer_of(memory: np.ndarray, ranks: Mapping[str, int], layout: BankLayout) -> np.ndarray:
+    """The buffer of an adapter of these ranks that was packed into ``memory``, u8[num_bytes]."""
+    units = layout.buffer_size(layout.pages_needed(ranks))
+    return _as_buffer(memory[: units * layout.unit * DTYPES[layout.dtype].itemsize], layout)
+
+
+def _as_buffer(memory: np.ndarray, layout: BankLayout) -> np.ndarray:
+    return memory.view(DTYPES[layout.dtype]).reshape(-1, layout.unit)
 
 
 def page_bytes(need: Mapping[PoolKey, int], layout: BankLayout) -> int:

@@ -4,8 +4,8 @@ slot   0 .. max_slots - 1, one per resident adapter
 page   1 .. n - 1 of each pool; page 0 is the zero page and is never dealt
 pinned by a count: a version that a running request names is never evicted
 kept   by the operator: as good as pinned, with no request
-Others go by what they are worth, and those last that were written a moment ago: a bank that is too
-small for what is asked must not write the same adapters over and over.
+Others go by what they are worth, and those last that a request waits for or that were written a
+moment ago: a bank too small for what is asked must not write the same adapters over and over.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class SlotTable:
         max_slots: int,
         pool_pages: Mapping[PoolKey, int],
         clock: Callable[[], float] = time.monotonic,
+        is_wanted: Callable[[AdapterVersion], bool] = lambda version: False,
     ) -> None:
         if max_slots < 1:
             raise ConfigError(f"max_slots is {max_slots}, must be at least 1")
@@ -64,6 +65,7 @@ class SlotTable:
         self._free_pages = {
             pool: list(reversed(range(ZERO_PAGE + 1, count))) for pool, count in pool_pages.items()
         }
+        self.is_wanted = is_wanted
         self._clock = clock
         # From the least to the most recently used.
         self._residents: OrderedDict[AdapterVersion, _Resident] = OrderedDict()
@@ -208,7 +210,11 @@ class SlotTable:
         settled_s = self._clock() - SETTLING_S
         free = (version for version, r in self._residents.items() if r.may_go)
         by_worth = self._worth.cheapest_first(free)
-        return sorted(by_worth, key=lambda version: self._residents[version].since_s > settled_s)
+
+        def reluctance(version: AdapterVersion) -> tuple[bool, bool]:
+            return self.is_wanted(version), self._residents[version].since_s > settled_s
+
+        return sorted(by_worth, key=reluctance)
 
     def _missing(self, need: Need, victims: Iterable[AdapterVersion]) -> dict[PoolKey | None, int]:
         """What would still be short after these go; the key None stands for the slot."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,19 +75,12 @@ class Sources:
                 not_found = error
         raise not_found
 
-    def read(self, origin: Origin, adapter_id: str, layout: BankLayout, memory: Memory) -> Adapter:
-        """The adapter of the very content that ``origin`` names.
-
-        Other content by now, or while it is read: AdapterInvalid "changed while it was loaded"; the
-        next request resolves to a new version. The tensors lie in ``memory``'s room.
-        """
+    @contextmanager
+    def files(self, origin: Origin, adapter_id: str, layout: BankLayout) -> Iterator[LocalFiles]:
+        """The adapter's files on this machine, fetched if they are not here; then for so long."""
         if isinstance(origin, LocalFiles):
-            return _read_local(origin, adapter_id, layout, memory)
-        return self._read_remote(origin, adapter_id, layout, memory)
-
-    def _read_remote(
-        self, origin: RemoteFiles, adapter_id: str, layout: BankLayout, memory: Memory
-    ) -> Adapter:
+            yield origin
+            return
         limit = max_weights_bytes(layout.projections, layout.max_rank)
         with tempfile.TemporaryDirectory(
             prefix=".jlorax-", suffix=".tmp", dir=self.workspace
@@ -94,11 +88,15 @@ class Sources:
             folder = Path(name)
             remote = self.remotes[origin.remote]
             remote.fetch(origin.name, origin.described, folder, limit)
-            fetched = LocalFiles(folder, None, identify(folder, adapter_id))
-            return _read_local(fetched, adapter_id, layout, memory)
+            yield LocalFiles(folder, None, identify(folder, adapter_id))
 
 
-def _read_local(origin: LocalFiles, adapter_id: str, layout: BankLayout, memory: Memory) -> Adapter:
+def read_files(origin: LocalFiles, adapter_id: str, layout: BankLayout, memory: Memory) -> Adapter:
+    """The adapter of the very content that ``origin`` names; the tensors lie in ``memory``'s room.
+
+    Other content by now, or while it is read: AdapterChanged; the next request resolves to a new
+    version.
+    """
     folder, root = origin.folder, origin.root
     config_data, config_file = read_file(folder, CONFIG_FILE, adapter_id, MAX_CONFIG_BYTES, root)
     limit = max_weights_bytes(layout.projections, layout.max_rank)

@@ -67,6 +67,9 @@ class LockedMemory:
         return room
 
     def keep(self, buffer: np.ndarray) -> HostBuffer:
+        return self.copy(buffer)
+
+    def copy(self, buffer: np.ndarray) -> HostBuffer:
         copy = jax.device_put(buffer, self._locked, may_alias=False)
         return copy.block_until_ready()
 

@@ -90,6 +90,16 @@ def test_who_was_written_a_moment_ago_goes_last() -> None:
     assert given is not None and len(given.evicted) == 1
 
 
+def test_whom_a_request_waits_for_goes_last() -> None:
+    slots = table(max_slots=2)
+    slots.assign(v("wanted"), {SMALL: 1})
+    slots.assign(v("other"), {SMALL: 1})
+    slots.lookup(v("other"))
+    slots.is_wanted = lambda version: version == v("wanted")
+    given = slots.assign(v("new"), {SMALL: 1})
+    assert given is not None and given.evicted == (v("other"),)
+
+
 def test_kept_ones_stay_and_leave_room_for_any_other() -> None:
     slots = table(max_slots=3, small=5)
     slots.assign(v("kept"), {SMALL: 2})

@@ -6,7 +6,8 @@ import errno
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,12 @@ import pytest
 from jlorax.adapters.disk_tier import DiskTier, remove, temporary_file
 from jlorax.adapters.host_tier import HostTier
 from jlorax.adapters.loader import LoadCancelled, Loader
+from jlorax.adapters.packed_file import digest_of
+from jlorax.adapters.packing import AnyPacker, Packer, PackerProcess
 from jlorax.adapters.registry import AdapterRecord, Registry
 from jlorax.adapters.tier_counts import TierCounts
-from jlorax.errors import ConfigError
-from jlorax.layout import HostBuffer, Scratch
+from jlorax.errors import AdapterChanged, AdapterInvalid, ConfigError, Unavailable
+from jlorax.layout import BankLayout, HostBuffer, Scratch
 from jlorax.types import AdapterVersion, Tier
 from tests.adapters import helpers
 
@@ -216,39 +219,56 @@ def a_record(folder: Path, max_rank: int = 256) -> AdapterRecord:
     return registry.record(registry.register("a", helpers.write_good(folder)))
 
 
-@pytest.mark.parametrize("damage", [None, "flip", "cut", "gone", "empty"])
-def test_a_packed_file_is_read_again_or_its_source(damage: str | None, tmp_path: Path) -> None:
-    layout = helpers.layout("bfloat16")
-    loader, record = Loader(layout), a_record(tmp_path / "a")
-    first = loader.load(record)
-    spooled = loader.spool(record, first.built, tmp_path)
-    assert (first.tier, first.kept_is_damaged) == (Tier.SOURCE, False)
-    assert (
-        spooled.source == loader.key(record) and spooled.path.stat().st_size == spooled.size_bytes
-    )
-    data = spooled.path.read_bytes()
-    if damage == "gone":
-        spooled.path.unlink()
-    elif damage:
+@pytest.fixture(params=[Packer, PackerProcess])
+def new_packer(request: pytest.FixtureRequest) -> Callable[[BankLayout], AnyPacker]:
+    kind: Callable[[BankLayout], AnyPacker] = request.param
+    return kind
+
+
+@contextmanager
+def opened(loader: Loader) -> Iterator[Loader]:
+    yield loader
+    loader.close()
+
+
+def test_a_packed_file_is_read_again_or_its_source(
+    new_packer: Callable[[BankLayout], AnyPacker], tmp_path: Path
+) -> None:
+    layout, record = helpers.layout("bfloat16"), a_record(tmp_path / "a")
+    with opened(Loader(layout, new_packer=new_packer)) as loader:
+        first = loader.load(record)
+        assert (first.tier, first.kept_is_damaged) == (Tier.SOURCE, False)
+        spooled = loader.spool(record, first.packed, tmp_path)
+        assert spooled.source == loader.key(record)
+        assert spooled.path.stat().st_size == spooled.size_bytes
+        assert spooled.digest == digest_of(first.packed, layout)
+        data = spooled.path.read_bytes()
         broken = {"flip": data[:-1] + bytes([data[-1] ^ 1]), "cut": data[:-1], "empty": b""}
-        spooled.path.write_bytes(broken[damage])
-    again = loader.load(record, spooled.path)
-    assert np.asarray(again.packed.buffer).tobytes() == np.asarray(first.packed.buffer).tobytes()
-    assert again.tier is (Tier.SOURCE if damage else Tier.DISK)
-    assert again.kept_is_damaged is bool(damage)
+        for damage in ("none", *broken, "gone"):
+            if damage in broken:
+                spooled.path.write_bytes(broken[damage])
+            elif damage == "gone":
+                spooled.path.unlink()
+            again = loader.load(record, spooled.path)
+            assert again.tier is (Tier.DISK if damage == "none" else Tier.SOURCE)
+            assert again.kept_is_damaged is (damage != "none")
+            for field in ("buffer", "scaling"):
+                ours, theirs = getattr(again.packed, field), getattr(first.packed, field)
+                assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+            assert again.packed.entries == first.packed.entries
 
 
 def test_a_spool_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loader, record = Loader(helpers.layout()), a_record(tmp_path / "a")
-    load = loader.load(record)
     (tmp_path / "spool").mkdir()
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("jlorax.adapters.loader.write_packed", full)
+    load = loader.load(record)
     with pytest.raises(OSError, match="No space"):
-        loader.spool(record, load.built, tmp_path / "spool")
+        loader.spool(record, load.packed, tmp_path / "spool")
     assert files(tmp_path / "spool") == set()
 
 
@@ -265,33 +285,69 @@ class CopyingMemory:
         return room
 
     def keep(self, buffer: np.ndarray) -> HostBuffer:
+        return self.copy(buffer)
+
+    def copy(self, buffer: np.ndarray) -> HostBuffer:
         self.kept.append(buffer.copy())
         return self.kept[-1]
 
 
-def test_what_is_loaded_waits_where_the_device_reads_it(tmp_path: Path) -> None:
+def test_what_is_loaded_waits_where_the_device_reads_it(
+    new_packer: Callable[[BankLayout], AnyPacker], tmp_path: Path
+) -> None:
     """From its folder or from the disk tier; and memory that is used again is clean."""
     layout, memory = helpers.layout(), CopyingMemory()
-    loader = Loader(layout, memory=memory)
-    large = Registry(None, "base", layout.max_rank)
+    registry = Registry(None, "base", layout.max_rank)
     names = ("q_proj", "v_proj")
     folder = helpers.write_good(tmp_path / "large", names=names, rank=31, seed=7)
-    loader.load(large.record(large.register("large", folder)))
+    large = registry.record(registry.register("large", folder))
     record = a_record(tmp_path / "a")
     expected = np.asarray(Loader(layout).load(record).packed.buffer)
-    first = loader.load(record)
-    spooled = loader.spool(record, first.built, tmp_path)
-    second = loader.load(record, spooled.path)
+    with opened(Loader(layout, memory=memory, new_packer=new_packer)) as loader:
+        loader.load(large)
+        first = loader.load(record)
+        spooled = loader.spool(record, first.packed, tmp_path)
+        second = loader.load(record, spooled.path)
+        loader.load(large)
     for load in (first, second):
         assert any(load.packed.buffer is kept for kept in memory.kept)
         assert np.array_equal(np.asarray(load.packed.buffer), expected)
 
 
 def test_a_load_that_nobody_wants_stops(tmp_path: Path) -> None:
-    answers = iter([True, False])
     record = a_record(tmp_path / "a")
-    with pytest.raises(LoadCancelled):
-        Loader(helpers.layout()).load(record, is_wanted=lambda: next(answers))
+    for answers in ([False], [True, False], [True, True, False]):
+        asked = iter(answers)
+        with pytest.raises(LoadCancelled):
+            Loader(helpers.layout()).load(record, is_wanted=lambda asked=asked: next(asked))
+        assert next(asked, None) is None
+
+
+def test_a_process_tells_what_is_wrong_and_goes_on(tmp_path: Path) -> None:
+    layout = helpers.layout(max_rank=8)
+    good, bad = a_record(tmp_path / "a"), a_record(tmp_path / "b")
+    folder = tmp_path / "b"
+    weights = folder / "adapter_model.safetensors"
+    with opened(Loader(layout, new_packer=PackerProcess)) as loader:
+        packer = PackerProcess(layout)
+        loader._idle.put(packer)
+        weights.write_bytes(weights.read_bytes())
+        with pytest.raises(AdapterChanged):
+            loader.load(bad)
+        weights.write_bytes(b"no such thing")
+        registry = Registry(None, "base", layout.max_rank)
+        broken = registry.record(registry.register("broken", folder))
+        with pytest.raises(AdapterInvalid, match="broken") as caught:
+            loader.load(broken)
+        assert caught.value.file == "adapter_model.safetensors"
+        load = loader.load(good)
+        with pytest.raises(OSError, match="No such file"):
+            loader.spool(good, load.packed, tmp_path / "nowhere")
+        assert packer.is_alive
+        packer._process.kill()
+        with pytest.raises(Unavailable, match="-9"):
+            loader.load(good)
+        loader.load(good)  # another process
 
 
 def test_threads_do_not_share_scratch() -> None:
