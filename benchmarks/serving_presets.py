@@ -78,6 +78,7 @@ class Room:
 
 _DEFAULT = Room()
 _ALL_IN_RAM = Room(host_bytes="40GiB")
+_A_ROW_EACH = Room(bank=256, host_bytes="40GiB")  # as many adapters as sequences run at once
 _BANK_OF_8 = Room(bank=8, host=80)
 _SLOTS_OF_8 = Room(max_slots=8)
 
@@ -156,11 +157,11 @@ def _ttft(mean: float, p99: float, peer_mean: str, peer_p99: str) -> tuple[Promi
 def _closed() -> list[Preset]:
     zipf = Recipe(_CLOSED, Zipf(1.0), _FIXED, 1000)
     return [
-        Preset("closed-1000-zipf", zipf, room=_ALL_IN_RAM, promises=_tokens(6300, "1,758")),
+        Preset("closed-1000-zipf", zipf, room=_A_ROW_EACH, promises=_tokens(6300, "1,758")),
         Preset(
             "closed-1000-zipf-warm",
             zipf,
-            room=_ALL_IN_RAM,
+            room=_A_ROW_EACH,
             after=("closed-1000-zipf",),
             shares="closed-1000-zipf",
             promises=_tokens(7000, "1,845"),
@@ -168,7 +169,7 @@ def _closed() -> list[Preset]:
         Preset(
             "closed-1000-uniform",
             replace(zipf, popularity=Uniform()),
-            room=_ALL_IN_RAM,
+            room=_A_ROW_EACH,
             promises=_tokens(6000, "1,024"),
         ),
     ]
