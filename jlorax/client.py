@@ -84,10 +84,15 @@ class AsyncClient:
     """Talks to one server. Use as ``async with AsyncClient(url) as client``, or ``close()`` it.
 
     ``timeout_s`` bounds the silence between two pieces of an answer, not the whole answer.
+    ``api_key``: for a server that wants one; without it, or with a wrong one, its calls raise
+    Unauthorized, and Forbidden where the key is not good for them.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, url: str = DEFAULT_URL, *, timeout_s: float = 300.0, api_key: str | None = None
+    ) -> None:
         self._url = url.rstrip("/")
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=timeout_s)
         self._session: aiohttp.ClientSession | None = None
 
@@ -185,7 +190,7 @@ class AsyncClient:
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None) -> _Call:
         if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=self._timeout)
+            self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers)
         # quoted already: yarl would decode %2F in an adapter's id
         url = self._url + path
         return _Call(self._session, method, url, body)
@@ -266,8 +271,10 @@ def _read_event(body: Mapping[str, Any], tokens: list[Token], status: int) -> To
 class Client:
     """The same verbs, blocking. Each Client has one thread; ``close()`` or ``with`` ends it."""
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = 300.0) -> None:
-        self._client = AsyncClient(url, timeout_s=timeout_s)
+    def __init__(
+        self, url: str = DEFAULT_URL, *, timeout_s: float = 300.0, api_key: str | None = None
+    ) -> None:
+        self._client = AsyncClient(url, timeout_s=timeout_s, api_key=api_key)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="jlorax-client", daemon=True

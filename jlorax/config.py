@@ -5,7 +5,9 @@ The environment is read in ``servers`` alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -89,6 +91,7 @@ class SchedulerConfig:
 
     max_batch: int = 32
     max_queued: int = 256
+    is_shared: bool = False  # by several tenants: none holds more than half of the places
     max_overtake_s: float = 0.5  # how long a request that waits for a slot may be passed by
 
     def __post_init__(self) -> None:
@@ -165,9 +168,25 @@ class EngineConfig:
         )
 
 
+class Scope(Enum):
+    """What a key may be good for: to ask, and to change what is served."""
+
+    INFER = "infer"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """Whose key it is, and what it is good for."""
+
+    tenant: str
+    scopes: frozenset[Scope]
+
+
 @dataclass(frozen=True)
 class ServerConfig:
-    """The HTTP front."""
+    """The HTTP front. ``api_keys`` by the sha256 of the key; None: everybody may do everything, as
+    the tenant "default"."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -175,6 +194,12 @@ class ServerConfig:
     max_batch_prompts: int = 64
     keep_alive_s: float = 75.0
     drain_s: float = 30.0
+    api_keys: Mapping[bytes, ApiKey] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65535, f"port is {self.port}; allowed are 0 to 65535")
+
+    @property
+    def num_tenants(self) -> int:
+        """Those that have a key; without keys there is one."""
+        return len({key.tenant for key in self.api_keys.values()}) if self.api_keys else 1

@@ -71,8 +71,9 @@ class Engine:
         self._scheduler: Mailbox[SchedulerMessage] = Mailbox(parts.config.scheduler.max_queued)
         self._cache: Mailbox[CacheMessage] = Mailbox(parts.config.scheduler.max_queued)
         self._runner: Mailbox[RunnerMessage] = Mailbox(2 * MAX_STEPS_IN_FLIGHT)
-        self._streams: set[TokenStream] = set()
+        self._streams: dict[TokenStream, str] = {}  # to their tenants
         self._max_open = parts.config.scheduler.max_queued + parts.config.scheduler.max_batch
+        self._is_shared = parts.config.scheduler.is_shared
         self._state = "starting"
         self._idle = asyncio.Event()
         self._idle.set()
@@ -169,17 +170,29 @@ class Engine:
         self._check_alive()
         if request.stop and not request.detokenize:
             raise InvalidRequest("stop strings cannot be found without detokenizing")
-        if len(self._streams) >= self._max_open:
-            raise Overloaded(f"{len(self._streams)} requests are open, as many as are allowed")
+        self._check_room(request.tenant)
         stream = TokenStream()
         if not self._ingress.try_put(Submit(request, stream)):
             raise Overloaded(f"{len(self._ingress)} requests wait to be admitted")
-        self._streams.add(stream)
+        self._streams[stream] = request.tenant
         self._idle.clear()
         return stream
 
+    def _check_room(self, tenant: str) -> None:
+        """While others may come, a tenant leaves half of the places to them."""
+        if len(self._streams) >= self._max_open:
+            raise Overloaded(f"{len(self._streams)} requests are open, as many as are allowed")
+        if not self._is_shared:
+            return
+        num_own = list(self._streams.values()).count(tenant)
+        if num_own >= self._max_open // 2:
+            raise Overloaded(
+                f"{num_own} requests of tenant {tenant!r} are open, as many as one tenant may have "
+                f"of the {self._max_open} places"
+            )
+
     def _close(self, stream: TokenStream) -> None:
-        self._streams.discard(stream)
+        self._streams.pop(stream, None)
         if not self._streams:
             self._idle.set()
         if not stream.is_ended:

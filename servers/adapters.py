@@ -7,13 +7,14 @@ from aiohttp import web
 from jlorax.errors import InvalidParameter
 from jlorax.types import AdapterInfo
 from jlorax.wire.adapters import (
+    LoadAdapter,
     parse_load_adapter,
     parse_load_lora,
     parse_unload_lora,
     render_adapter,
 )
 from jlorax.wire.fields import checked_adapter_id
-from servers.serving import ENGINE, json_response, limits_of, notes_of, read_call
+from servers.serving import ENGINE, json_response, limits_of, notes_of, read_call, tenant_of
 
 
 def routes() -> list[web.RouteDef]:
@@ -31,7 +32,7 @@ def routes() -> list[web.RouteDef]:
 
 
 async def adapters(request: web.Request) -> web.Response:
-    infos = await request.app[ENGINE].adapters()
+    infos = await request.app[ENGINE].adapters(tenant_of(request))
     return json_response({"object": "list", "data": [render_adapter(info) for info in infos]})
 
 
@@ -39,25 +40,22 @@ async def load_adapter(request: web.Request) -> web.Response:
     """201 once its weights are in RAM and were found to be good."""
     limits = limits_of(request.app)
     load = await read_call(request, lambda body: parse_load_adapter(body, limits))
-    notes_of(request).adapter_id = load.adapter_id
-    info = await request.app[ENGINE].load_adapter(
-        load.adapter_id, load.folder, replace=load.replace
-    )
-    return json_response(render_adapter(info), status=201)
+    return json_response(render_adapter(await _load(request, load)), status=201)
 
 
 async def prefetch_adapter(request: web.Request) -> web.Response:
     """200 once it is in RAM."""
-    return _shown(await request.app[ENGINE].prefetch_adapter(_named(request)))
+    return _shown(await request.app[ENGINE].prefetch_adapter(_named(request), tenant_of(request)))
 
 
 async def pin_adapter(request: web.Request) -> web.Response:
     """200 once it is on the device, where it stays."""
-    return _shown(await request.app[ENGINE].pin_adapter(_named(request)))
+    return _shown(await request.app[ENGINE].pin_adapter(_named(request), tenant_of(request)))
 
 
 async def unpin_adapter(request: web.Request) -> web.Response:
-    return _shown(await request.app[ENGINE].pin_adapter(_named(request), pinned=False))
+    engine, tenant = request.app[ENGINE], tenant_of(request)
+    return _shown(await engine.pin_adapter(_named(request), tenant, pinned=False))
 
 
 async def unload_adapter(request: web.Request) -> web.Response:
@@ -66,7 +64,7 @@ async def unload_adapter(request: web.Request) -> web.Response:
     force = request.query.get("force", "false")
     if force not in ("true", "false"):
         raise InvalidParameter("force", "must be true or false")
-    await request.app[ENGINE].unload_adapter(adapter_id, force=force == "true")
+    await request.app[ENGINE].unload_adapter(adapter_id, tenant_of(request), force == "true")
     return web.Response(status=204)
 
 
@@ -74,8 +72,7 @@ async def load_lora_adapter(request: web.Request) -> web.Response:
     """vLLM's: https://docs.vllm.ai/en/stable/features/lora.html#dynamically-serving-lora-adapters"""
     limits = limits_of(request.app)
     load = await read_call(request, lambda body: parse_load_lora(body, limits))
-    notes_of(request).adapter_id = load.adapter_id
-    await request.app[ENGINE].load_adapter(load.adapter_id, load.folder, replace=load.replace)
+    await _load(request, load)
     return web.Response(text=f"Success: LoRA adapter '{load.adapter_id}' added successfully.")
 
 
@@ -83,8 +80,14 @@ async def unload_lora_adapter(request: web.Request) -> web.Response:
     limits = limits_of(request.app)
     adapter_id = await read_call(request, lambda body: parse_unload_lora(body, limits))
     notes_of(request).adapter_id = adapter_id
-    await request.app[ENGINE].unload_adapter(adapter_id)
+    await request.app[ENGINE].unload_adapter(adapter_id, tenant_of(request))
     return web.Response(text=f"Success: LoRA adapter '{adapter_id}' removed successfully.")
+
+
+async def _load(request: web.Request, load: LoadAdapter) -> AdapterInfo:
+    notes_of(request).adapter_id = load.adapter_id
+    engine, tenant = request.app[ENGINE], tenant_of(request)
+    return await engine.load_adapter(load.adapter_id, load.folder, tenant, load.replace)
 
 
 def _named(request: web.Request) -> str:

@@ -101,7 +101,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     values = settings.read_settings(vars(arguments), os.environ)
     server = settings.server_config(values)
-    engine = settings.engine_config(values, os.environ, machine())
+    engine = settings.engine_config(values, os.environ, machine(), server.num_tenants > 1)
     if arguments.dry_run:
         return serve.dry_run(engine)
     return asyncio.run(serve.serve(engine, server))
@@ -112,6 +112,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     values = settings.read_settings(vars(arguments), os.environ)
     server = settings.server_config(values)
+    if server.api_keys is not None:
+        raise ConfigError("the demo is for everybody on this machine: it takes no --api-keys")
     engine = settings.engine_config({**demo.DEFAULTS, **values}, os.environ, machine())
     return asyncio.run(demo.demo(demo.with_adapters(engine), server, arguments.once))
 
@@ -129,7 +131,7 @@ def machine() -> Machine:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    with Client(arguments.url) as client:
+    with _client(arguments) as client:
         for event in client.stream(arguments.prompt, **_options(arguments)):
             print(event.token.text, end="", flush=True)
     print()
@@ -138,7 +140,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _chat(arguments: argparse.Namespace) -> int:
     messages: list[dict[str, str]] = []
-    with Client(arguments.url) as client:
+    with _client(arguments) as client:
         while (text := _ask()) is not None:
             messages.append({"role": "user", "content": text})
             answer = ""
@@ -148,6 +150,11 @@ def _chat(arguments: argparse.Namespace) -> int:
             print()
             messages.append({"role": "assistant", "content": answer})
     return 0
+
+
+def _client(arguments: argparse.Namespace) -> Client:
+    """Its key is a variable: what stands in argv is seen by every user of the machine."""
+    return Client(arguments.url, api_key=os.environ.get("JLORAX_API_KEY"))
 
 
 def _ask() -> str | None:
@@ -171,7 +178,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, Any]:
 def _adapters(arguments: argparse.Namespace) -> int:
     from servers.tables import adapter_table, show
 
-    with Client(arguments.url) as client:
+    with _client(arguments) as client:
         show(adapter_table(client.adapters()))
     return 0
 

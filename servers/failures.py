@@ -28,6 +28,8 @@ _TABLE: tuple[tuple[type[JLoraxError], tuple[int, str], tuple[int, str]], ...] =
     (NotJson, (415, "unsupported_media_type"), (415, "invalid_request_error")),
     (BodyTimeout, (408, "request_timeout"), (408, "invalid_request_error")),
     (ForeignHost, (403, "forbidden"), (403, "invalid_request_error")),
+    (errors.Unauthorized, (401, "unauthorized"), (401, "invalid_request_error")),
+    (errors.Forbidden, (403, "forbidden"), (403, "invalid_request_error")),
     (errors.InvalidRequest, (422, "validation"), (400, "invalid_request_error")),
     (errors.AdapterNotFound, (404, "adapter_not_found"), (404, "invalid_request_error")),
     (errors.AdapterChanged, (409, "adapter_changed"), (409, "invalid_request_error")),
@@ -71,6 +73,8 @@ def error_response(error: JLoraxError, openai: bool) -> web.Response:
     headers = {}
     if isinstance(error, errors.Overloaded | errors.Unavailable):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, errors.Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     return json_response(body, status, headers)
 
 

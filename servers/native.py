@@ -22,11 +22,11 @@ from servers.serving import (
     common_headers,
     events_of,
     json_response,
-    limits_of,
     notes_of,
     off_loop,
     prompt_text,
     read_call,
+    read_generation,
     tokenized,
 )
 from servers.sse import SseStream, sse_stream
@@ -128,8 +128,7 @@ def server_version() -> str:
 
 
 async def _read(request: web.Request, stream: bool | None) -> Call:
-    limits = limits_of(request.app)
-    return await read_call(request, lambda body: parse_native(body, limits, stream))
+    return await read_generation(request, lambda body, limits: parse_native(body, limits, stream))
 
 
 async def _whole(request: web.Request, call: Call, in_list: bool) -> web.Response:

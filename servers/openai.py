@@ -28,10 +28,10 @@ from servers.serving import (
     count_prompt_tokens,
     events_of,
     json_response,
-    limits_of,
     notes_of,
     prompt_text,
-    read_call,
+    read_generation,
+    tenant_of,
     tokenized,
 )
 from servers.sse import SseStream, sse_stream
@@ -46,23 +46,20 @@ def routes() -> list[web.RouteDef]:
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    limits = limits_of(request.app)
-    call = await read_call(request, lambda body: wire.parse_completion(body, limits))
-    return await _answer(request, call, chat=False)
+    return await _answer(request, await read_generation(request, wire.parse_completion), chat=False)
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
-    limits = limits_of(request.app)
-    call = await read_call(request, lambda body: wire.parse_chat(body, limits))
-    return await _answer(request, call, chat=True)
+    return await _answer(request, await read_generation(request, wire.parse_chat), chat=True)
 
 
 async def models(request: web.Request) -> web.Response:
-    """The base model, then its adapters with the base as ``parent``."""
+    """The base model, then the tenant's own adapters and those of all, the base as ``parent``."""
     engine = request.app[ENGINE]
     base = engine.model_info.model_id
     cards = [ModelCard(base, None)]
-    cards += [ModelCard(info.adapter_id, base) for info in await engine.adapters()]
+    infos = await engine.adapters(tenant_of(request))
+    cards += [ModelCard(info.adapter_id, base) for info in infos]
     now_s = int(time.time())
     return json_response({"object": "list", "data": [render_model(c, now_s) for c in cards]})
 

@@ -12,6 +12,7 @@ from aiohttp import web
 from jlorax.config import ServerConfig
 from jlorax.errors import ConfigError
 from servers import adapters, native, openai
+from servers.auth import authorize
 from servers.failures import answer_errors
 from servers.hosts import refuse_foreign
 from servers.serving import CONFIG, ENGINE, SSE_COMMENT, SSE_COMMENT_S, ServedEngine
@@ -29,7 +30,8 @@ def create_app(
 ) -> web.Application:
     """The routes over an engine that somebody else opens and closes."""
     app = web.Application(
-        middlewares=[answer_errors, refuse_foreign], client_max_size=config.max_body_bytes
+        middlewares=[answer_errors, authorize, refuse_foreign],
+        client_max_size=config.max_body_bytes,
     )
     app[ENGINE] = engine
     app[CONFIG] = config

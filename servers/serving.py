@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
@@ -98,10 +98,16 @@ class RequestNotes:
 
 
 NOTES: web.RequestKey[RequestNotes] = web.RequestKey("notes", RequestNotes)
+TENANT: web.RequestKey[str] = web.RequestKey("tenant", str)
 
 
 def notes_of(request: web.Request) -> RequestNotes:
     return request[NOTES]
+
+
+def tenant_of(request: web.Request) -> str:
+    """Whose key came with it; ``servers.auth`` has seen to that."""
+    return request[TENANT]
 
 
 def limits_of(app: web.Application) -> Limits:
@@ -127,6 +133,15 @@ async def read_call(request: web.Request, parse: Callable[[dict[str, Any]], T]) 
     if len(body) > LONG_BODY_BYTES:
         return await asyncio.to_thread(parsed)
     return parsed()
+
+
+async def read_generation(
+    request: web.Request, parse: Callable[[dict[str, Any], Limits], Call]
+) -> Call:
+    """A body that asks for answers, as its tenant's call."""
+    limits, tenant = limits_of(request.app), tenant_of(request)
+    call = await read_call(request, lambda body: parse(body, limits))
+    return replace(call, requests=tuple(replace(r, tenant=tenant) for r in call.requests))
 
 
 async def _read_body(request: web.Request) -> bytes:

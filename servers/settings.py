@@ -32,6 +32,7 @@ from jlorax.config import (
 )
 from jlorax.defaults import CPU, GPU, Defaults, Machine, bank_bytes, defaults_of
 from jlorax.errors import ConfigError
+from servers.keys import read_keys
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
@@ -81,7 +82,7 @@ def _buckets(text: str) -> tuple[int, ...]:
     return tuple(_whole(part) for part in text.split(","))
 
 
-def _folder(text: str) -> Path:
+def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
@@ -89,7 +90,7 @@ def _named_adapter(text: str) -> tuple[str, Path]:
     name, equals, folder = text.partition("=")
     if not (name and equals and folder):
         raise ValueError("an adapter is given as NAME=DIR")
-    return name, _folder(folder)
+    return name, _path(folder)
 
 
 def _remote(text: str) -> tuple[str, str]:
@@ -135,7 +136,14 @@ SETTINGS = (
     ),
     Setting("host", str, "HOST", "address to listen on (default 127.0.0.1)"),
     Setting("port", _whole, "PORT", "port to listen on (default 8080)"),
-    Setting("adapter_root", _folder, "DIR", "folder whose sub-folders are adapters"),
+    Setting(
+        "api_keys",
+        _path,
+        "FILE",
+        "who may ask: a line a key, its SHA-256 in hex, tenant, scopes (infer, admin; or both with "
+        "a comma) (everybody)",
+    ),
+    Setting("adapter_root", _path, "DIR", "folder whose sub-folders are adapters"),
     Setting("adapter", _named_adapter, "NAME=DIR", "an adapter by name; may be repeated", True),
     Setting(
         "remote",
@@ -169,7 +177,7 @@ SETTINGS = (
         "B",
         f"RAM for adapters {_either(lambda d: _size_text(d.host_cache_bytes))}",
     ),
-    Setting("disk_cache", _folder, "DIR", "folder for packed adapters (in the cache folder)"),
+    Setting("disk_cache", _path, "DIR", "folder for packed adapters (in the cache folder)"),
     Setting("disk_cache_bytes", size_bytes, "B", "its quota (16GiB)"),
     Setting("max_seq_len", _whole, "N", "tokens of prompt and answer (the model's, at most 8192)"),
     Setting(
@@ -189,7 +197,7 @@ SETTINGS = (
         "N,N",
         "decode batch sizes to compile " + _either(lambda d: _buckets_text(d.decode_buckets)),
     ),
-    Setting("cache_dir", _folder, "DIR", "prepared models, executables and adapters"),
+    Setting("cache_dir", _path, "DIR", "prepared models, executables and adapters"),
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}
 
@@ -251,7 +259,7 @@ def _read_yaml(path: Path) -> dict[str, tuple[str, Any]]:
 
 
 def _refuse_unknown_variables(environment: Mapping[str, str]) -> None:
-    known = {setting.variable for setting in SETTINGS} | {"JLORAX_CONFIG"}
+    known = {setting.variable for setting in SETTINGS} | {"JLORAX_CONFIG", "JLORAX_API_KEY"}
     for name in environment:
         if name.startswith("JLORAX_") and name not in known:
             raise ConfigError(f"unknown variable {name}; {_nearest(name, known)}")
@@ -269,8 +277,12 @@ def default_cache_dir(environment: Mapping[str, str]) -> Path:
 
 
 def engine_config(
-    values: Mapping[str, Any], environment: Mapping[str, str], machine: Machine
+    values: Mapping[str, Any],
+    environment: Mapping[str, str],
+    machine: Machine,
+    is_shared: bool = False,
 ) -> EngineConfig:
+    """``is_shared``: by several tenants."""
     cache_dir = values.get("cache_dir") or default_cache_dir(environment)
     defaults = defaults_of(machine)
     values = _unnamed(defaults, machine) | _given(values)
@@ -288,7 +300,9 @@ def engine_config(
         "disk_dir": values.get("disk_cache") or cache_dir / "adapters",
         "disk_cache_bytes": values.get("disk_cache_bytes"),
     }
-    scheduler = SchedulerConfig(**{name: values[name] for name in ("max_batch", "max_queued")})
+    scheduler = SchedulerConfig(
+        max_batch=values["max_batch"], max_queued=values["max_queued"], is_shared=is_shared
+    )
     kv = {
         "max_seq_len": values.get("max_seq_len"),
         "cache_bytes": values.get("kv_cache_bytes"),
@@ -318,7 +332,9 @@ def _num_loaders() -> int:
 
 
 def server_config(values: Mapping[str, Any]) -> ServerConfig:
-    return ServerConfig(**_given({"host": values.get("host"), "port": values.get("port")}))
+    given = _given({"host": values.get("host"), "port": values.get("port")})
+    file = values.get("api_keys")
+    return ServerConfig(**given, api_keys=None if file is None else read_keys(file))
 
 
 def _steps(defaults: Defaults, max_batch: int, asked: tuple[int, ...] | None) -> StepConfig:

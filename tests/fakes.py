@@ -102,8 +102,8 @@ class FakeEngine:
     async def _events(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         if self.state != "ready":
             raise Unavailable(f"the engine is {self.state}")
-        if request.adapter_id is not None and request.adapter_id not in self.registered:
-            raise AdapterNotFound(request.adapter_id)
+        if request.adapter_id is not None:
+            self._visible(request.adapter_id, request.tenant)
         tokens: list[Token] = []
         for index, text in enumerate(self.script):
             if self.error is not None and index == self.fail_at:
@@ -141,35 +141,35 @@ class FakeEngine:
             raise AdapterConflict(f"adapter {adapter_id!r} exists already")
         if self.error is not None:
             raise self.error
-        self.registered[adapter_id] = adapter_info(adapter_id, folder)
+        self.registered[adapter_id] = adapter_info(adapter_id, folder, tenant=tenant)
         return self.registered[adapter_id]
 
     async def unload_adapter(
         self, adapter_id: str, tenant: str = "default", force: bool = False
     ) -> None:
-        info = self.registered.get(adapter_id)
-        if info is None:
-            raise AdapterNotFound(adapter_id)
+        info = self._visible(adapter_id, tenant)
         if info.num_requests and not force:
             raise AdapterConflict(f"{adapter_id!r} is used by {info.num_requests} requests")
         del self.registered[adapter_id]
 
     async def prefetch_adapter(self, adapter_id: str, tenant: str = "default") -> AdapterInfo:
-        if adapter_id not in self.registered:
-            raise AdapterNotFound(adapter_id)
-        return replace(self.registered[adapter_id], tier=Tier.HOST)
+        return replace(self._visible(adapter_id, tenant), tier=Tier.HOST)
 
     async def pin_adapter(
         self, adapter_id: str, tenant: str = "default", pinned: bool = True
     ) -> AdapterInfo:
-        if adapter_id not in self.registered:
-            raise AdapterNotFound(adapter_id)
-        info = replace(self.registered[adapter_id], pinned=pinned)
+        info = replace(self._visible(adapter_id, tenant), pinned=pinned)
         self.registered[adapter_id] = info
         return info
 
     async def adapters(self, tenant: str = "default") -> list[AdapterInfo]:
-        return list(self.registered.values())
+        return [i for i in self.registered.values() if i.tenant in (tenant, "default")]
+
+    def _visible(self, adapter_id: str, tenant: str) -> AdapterInfo:
+        info = self.registered.get(adapter_id)
+        if info is None or info.tenant not in (tenant, "default"):
+            raise AdapterNotFound(adapter_id)
+        return info
 
     def stats(self) -> EngineStats:
         return EngineStats(self.state, 0, self.num_open, 8, 8, 0, 0, 0)

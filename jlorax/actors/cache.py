@@ -62,6 +62,7 @@ from jlorax.errors import (
     AdapterConflict,
     AdapterInvalid,
     AdapterNotFound,
+    Forbidden,
     JLoraxError,
     Unavailable,
 )
@@ -233,6 +234,8 @@ class Cache:
                 message.reply.set_result(self._registry.used(record))
             case PrefetchAdapter():
                 self._bring_to_ram(record, message.reply)
+            case PinAdapter() if (refusal := _why_not_theirs(message.tenant, record)) is not None:
+                message.reply.set_exception(refusal)
             case PinAdapter(pinned=True):
                 self._pin(record.version, message.reply)
             case PinAdapter():
@@ -588,6 +591,9 @@ class Cache:
         waits loads it again, and gets a clear error when the files are gone.
         """
         version, is_registered = self._to_unload(message)
+        record = self._registry.known(version)
+        if record is not None and (refusal := _why_not_theirs(message.tenant, record)) is not None:
+            raise refusal
         if version in self._registrations:
             raise AdapterConflict(f"adapter {message.adapter_id!r} is still being loaded")
         if self._num_requests[version] and not message.force:
@@ -681,6 +687,16 @@ class Cache:
 def _too_large(version: AdapterVersion, packed: PackedAdapter) -> JLoraxError:
     reason = f"its {packed.size_bytes} bytes do not fit the adapter bank (--adapter-bank-bytes)"
     return AdapterInvalid(version.adapter_id, "its weights", reason)
+
+
+def _why_not_theirs(tenant: str, record: AdapterRecord) -> JLoraxError | None:
+    """What all tenants use is not for one of them to pin or to unload."""
+    if record.version.tenant == tenant:
+        return None
+    return Forbidden(
+        f"adapter {record.version.adapter_id!r} is shared by all tenants: only the tenant "
+        f"{DEFAULT_TENANT!r} may pin or unload it"
+    )
 
 
 def _no_room_to_pin(version: AdapterVersion) -> JLoraxError:

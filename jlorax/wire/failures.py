@@ -20,7 +20,7 @@ _ERROR_TYPES = {
 _V1_CODES = {"adapter_not_found": "model_not_found", "prompt_too_long": "context_length_exceeded"}
 _KINDS: dict[str, type[JLoraxError]] = {
     kind.code: kind
-    for kind in [*vars(errors).values(), MalformedBody]
+    for kind in reversed([*vars(errors).values(), MalformedBody])  # a parent's code is its own
     if isinstance(kind, type) and issubclass(kind, JLoraxError)
 }
 _KINDS |= {spoken: _KINDS[code] for code, spoken in _V1_CODES.items()}
@@ -80,6 +80,8 @@ def _parts(body: object) -> tuple[str, str, Mapping[str, Any]]:
 
 def _kind_of_status(status: int) -> type[JLoraxError]:
     kinds: dict[int, type[JLoraxError]] = {
+        401: errors.Unauthorized,
+        403: errors.Forbidden,
         404: errors.AdapterNotFound,
         409: errors.AdapterConflict,
         429: errors.Overloaded,

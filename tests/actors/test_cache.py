@@ -49,6 +49,7 @@ from jlorax.errors import (
     AdapterConflict,
     AdapterInvalid,
     AdapterNotFound,
+    Forbidden,
     InvalidParameter,
     Overloaded,
     SourceUnavailable,
@@ -110,14 +111,14 @@ class Bench:
         await self.inbox.put(LoadAdapter("default", name, folder, replace, reply))
         return await reply
 
-    async def unload(self, name: str, force: bool = False) -> None:
+    async def unload(self, name: str, force: bool = False, tenant: str = "default") -> None:
         reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        await self.inbox.put(UnloadAdapter("default", name, force, reply))
+        await self.inbox.put(UnloadAdapter(tenant, name, force, reply))
         await reply
 
-    async def pin(self, name: str, pinned: bool = True) -> AdapterInfo:
+    async def pin(self, name: str, pinned: bool = True, tenant: str = "default") -> AdapterInfo:
         reply: asyncio.Future[AdapterInfo] = asyncio.get_running_loop().create_future()
-        await self.inbox.put(PinAdapter("default", name, pinned, reply))
+        await self.inbox.put(PinAdapter(tenant, name, pinned, reply))
         return await reply
 
     async def prefetch_adapter(self, name: str) -> AdapterInfo:
@@ -651,6 +652,18 @@ def test_a_pinned_adapter_stays_until_it_is_unpinned(root: Path) -> None:
         await bench.pin("b")
         with pytest.raises(AdapterNotFound):
             await bench.pin("nowhere")
+
+    on_bench(root, test)
+
+
+def test_what_is_shared_is_not_one_tenants_to_pin_or_unload(root: Path) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.resolve("a")
+        for pinned in (True, False):
+            with pytest.raises(Forbidden, match="shared"):
+                await bench.pin("a", pinned, tenant="t1")
+        with pytest.raises(Forbidden):
+            await bench.unload("a", tenant="t1")
 
     on_bench(root, test)
 
