@@ -33,7 +33,7 @@ from benchmarks.serving_targets import AskFailed, UrlTarget, own_rss_bytes
 from benchmarks.shapes import write_shape
 from benchmarks.workload import Arrival, Workload
 from jlorax.types import AdapterInfo, GenerateRequest, TokenEvent
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, adapter_info
 from tests.servers.serving import in_loop, serving
 
 # ---- a target that answers at once
@@ -384,6 +384,9 @@ def test_what_was_not_measured_is_a_dash() -> None:
 class Everybody(dict[str, AdapterInfo]):
     def __contains__(self, name: object) -> bool:
         return name != "unknown"
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        return adapter_info(name) if name in self else default
 
 
 class AnsweringEngine(FakeEngine):
