@@ -463,7 +463,7 @@ async def test_a_quick_run_measures_any_url(tmp_path: Path) -> None:
     results = {line["preset"]: line["figures"] for line in lines_of(out, "preset")}
     assert list(results) == [
         *("slora-s1-capacity", "slora-s1-5", "slora-s1-2000"),
-        *("closed-1000-zipf", "closed-1000-zipf-warm", "hog-without", "hog", "loads-20"),
+        *("hog-without", "hog", "loads-20", "closed-1000-zipf", "closed-1000-zipf-warm"),
     ]
     assert not any(figures["num_errors"] for figures in results.values())
     names = {request.adapter_id for request in seen}
