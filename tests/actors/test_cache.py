@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class GatedLoader(Loader):
     order: list[str] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
     faulty: set[str] = field(default_factory=set)
+    ended: list[str] = field(default_factory=list)
 
     def load(
         self,
@@ -84,7 +86,10 @@ class GatedLoader(Loader):
         assert self.gate.wait(10)
         if record.version.adapter_id in self.faulty:
             raise ZeroDivisionError("a bug of ours")
-        return super().load(record, kept, is_wanted)
+        try:
+            return super().load(record, kept, is_wanted)
+        finally:
+            self.ended.append(record.version.adapter_id)
 
 
 @dataclass
@@ -510,6 +515,24 @@ def test_a_load_that_nobody_waits_for_is_given_up_and_taken_up_again(root: Path)
     on_bench(root, test)
 
 
+def test_a_load_wanted_again_the_moment_it_was_given_up_is_begun_anew(root: Path) -> None:
+    async def test(bench: Bench) -> None:
+        bench.loader.gate.clear()
+        version = await bench.resolve("a")
+        bench.prefetch(version)
+        await bench.until_loading(1)
+        bench.inbox.post(Forget(version))
+        await bench.resolve("c")
+        bench.loader.gate.set()
+        while not bench.loader.ended:  # the loop stands: its message is on the way
+            time.sleep(0.001)  # noqa: ASYNC251
+        bench.prefetch(version)
+        await bench.until(AdapterAtHand(version))
+        assert bench.loader.loads == {"a": 2}
+
+    on_bench(root, test)
+
+
 def test_a_load_given_up_and_wanted_again_in_time_goes_on(root: Path) -> None:
     async def test(bench: Bench) -> None:
         bench.loader.gate.clear()
@@ -604,6 +627,20 @@ def test_a_replaced_name_gives_new_requests_new_weights_and_frees_the_old(root: 
     on_bench(root, test)
 
 
+def test_a_superseded_version_that_only_waited_leaves_the_ram(root: Path) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.load_adapter("x", "a")
+        old = await bench.resolve("x")
+        bench.prefetch(old)
+        await bench.load_adapter("x", "b", replace=True)
+        assert old in bench.tiers.host
+        bench.inbox.post(Forget(old))
+        await bench.resolve("x")
+        assert old not in bench.tiers.host
+
+    on_bench(root, test)
+
+
 def test_a_bad_replacement_leaves_the_old_one(root: Path) -> None:
     async def test(bench: Bench) -> None:
         await bench.load_adapter("x", "a")
@@ -677,6 +714,19 @@ def test_a_pin_follows_its_name_to_new_weights(root: Path) -> None:
         new = await bench.resolve("x")
         bench.inbox.post(Acquire(new))
         await bench.until_ready(new)
+        assert bench.tiers.slots.is_kept(new) and not bench.tiers.slots.is_kept(old)
+
+    on_bench(root, test)
+
+
+def test_a_pin_follows_a_folder_whose_files_became_others(root: Path) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.pin("a")
+        old = await bench.resolve("a")
+        shutil.rmtree(root / "a")
+        helpers.write_good(root / "a", rank=2, seed=99)
+        new = await bench.resolve("a")
+        await bench.until_written(new)
         assert bench.tiers.slots.is_kept(new) and not bench.tiers.slots.is_kept(old)
 
     on_bench(root, test)

@@ -285,8 +285,9 @@ def test_a_survey_is_merged_with_what_happened_meanwhile(root: Path) -> None:
     names.unregister("gone")
     names.replace("changed", root / "org" / "deep")
     helpers.write_good(root / "new", rank=3)
+    helpers.write_good(root / "local", seed=5)
     found = {(r.source, r.version.adapter_id): r for r in names.merge(look())}
-    assert found["registered", "kept"].version == kept
+    assert found["registered", "kept"].version.generation == kept.generation + 1
     assert ("registered", "gone") not in found and ("local", "new") in found
     assert names.resolve("default", "changed").generation == changed.generation + 1
     assert gone not in {record.version for record in names.records()}
