@@ -396,6 +396,7 @@ def _policy_config(config: EngineConfig, sizes: DeviceSizes, plan: MemoryPlan) -
         max_pages_per_sequence=sizes.max_pages_per_sequence,
         num_slots=sizes.num_slots,
         max_overtake_s=config.scheduler.max_overtake_s,
+        tenant_weights=dict(config.scheduler.tenant_weights),
     )
 
 

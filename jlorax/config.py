@@ -93,10 +93,13 @@ class SchedulerConfig:
     max_queued: int = 256
     is_shared: bool = False  # by several tenants: none holds more than half of the places
     max_overtake_s: float = 0.5  # how long a request that waits for a slot may be passed by
+    tenant_weights: tuple[tuple[str, float], ...] = ()  # shares of the device; 1 for the others
 
     def __post_init__(self) -> None:
         _require(self.max_batch >= 1, f"max_batch is {self.max_batch}; it must be at least 1")
         _require(self.max_queued >= 1, f"max_queued is {self.max_queued}; it must be at least 1")
+        for tenant, weight in self.tenant_weights:
+            _require(weight > 0, f"the weight of tenant {tenant!r} is {weight}; it must be above 0")
 
 
 @dataclass(frozen=True)

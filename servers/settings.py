@@ -93,6 +93,16 @@ def _named_adapter(text: str) -> tuple[str, Path]:
     return name, _path(folder)
 
 
+def _weight(text: str) -> tuple[str, float]:
+    tenant, equals, weight = text.partition("=")
+    if not (tenant and equals):
+        raise ValueError("a weight is given as TENANT=W")
+    try:
+        return tenant, float(weight)
+    except ValueError:
+        raise ValueError(f"{weight!r} is no number") from None
+
+
 def _remote(text: str) -> tuple[str, str]:
     name, equals, url = text.partition("=")
     if not (name and equals and url):
@@ -184,6 +194,13 @@ SETTINGS = (
         "max_batch", _whole, "N", f"sequences that run at once {_either(lambda d: d.max_batch)}"
     ),
     Setting("max_queued", _whole, "N", f"requests that may wait {_either(lambda d: d.max_queued)}"),
+    Setting(
+        "tenant_weight",
+        _weight,
+        "TENANT=W",
+        "a tenant's part of what is served while others wait, in proportion (1); may be repeated",
+        True,
+    ),
     Setting(
         "kv_cache_bytes",
         size_bytes,
@@ -301,7 +318,10 @@ def engine_config(
         "disk_cache_bytes": values.get("disk_cache_bytes"),
     }
     scheduler = SchedulerConfig(
-        max_batch=values["max_batch"], max_queued=values["max_queued"], is_shared=is_shared
+        max_batch=values["max_batch"],
+        max_queued=values["max_queued"],
+        is_shared=is_shared,
+        tenant_weights=values.get("tenant_weight", ()),
     )
     kv = {
         "max_seq_len": values.get("max_seq_len"),

@@ -93,6 +93,7 @@ class Ingress:
             max_new_tokens=max_new_tokens,
             stop_token_ids=frozenset((*request.stop_token_ids, *eos)),
             version=version,
+            tenant=request.tenant,
             num_alternatives=request.num_top_logprobs,
             stream=stream,
             arrival_s=arrival_s,

@@ -30,6 +30,17 @@ class PinBook:
     def slot(self, version: AdapterVersion) -> int | None:
         return self._slots.get(version)
 
+    def holds(self, version: AdapterVersion) -> bool:
+        """Ready or asked for."""
+        return version in self._slots
+
+    def is_asked(self, version: AdapterVersion | None) -> bool:
+        return version in self._slots and self._slots[version] is None
+
+    @property
+    def ready_versions(self) -> list[AdapterVersion]:
+        return [version for version, slot in self._slots.items() if slot is not None]
+
     def reach(self, version: AdapterVersion | None) -> LoraReach:
         """Of one that is ready, or of the base model."""
         return LoraReach.NONE if version is None else self._reach[version]

@@ -8,18 +8,30 @@ the device runs steps in order, so what is written for the new owner comes after
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from typing import Protocol
 
 import numpy as np
 
 from jlorax.layout import StepShape
+from jlorax.scheduling.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, FairShares
+from jlorax.scheduling.overtaking import (
+    Admissions,
+    Holds,
+    late_lines,
+    not_behind,
+    overdue_lines,
+    pin_order,
+)
 from jlorax.scheduling.pages import PagePool
 from jlorax.scheduling.pins import PinBook, PinChanges
 from jlorax.scheduling.sequence import Sequence
 from jlorax.scheduling.step_plan import Chunk, PlanBuilder, StepPlan, smallest
+from jlorax.scheduling.waiting import Line, Waiting, in_turn
 from jlorax.types import AdapterVersion, FinishReason
 
 _WELL_FILLED = 0.75  # of an extend step's tokens
@@ -34,6 +46,7 @@ class PolicyConfig:
     max_pages_per_sequence: int
     num_slots: int
     max_overtake_s: float
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,8 @@ class Policy:
         self.config = config
         self.pool = PagePool(config.num_pages, config.page_size)
         self.pins = PinBook(config.num_slots)
-        self.waiting: list[Sequence] = []  # preempted ones first; both by order of arrival
+        self.shares = FairShares(config.tenant_weights)
+        self.waiting = Waiting()
         self.running: list[Sequence] = []  # by order of arrival
         self.num_preemptions = 0
         self._decode_shapes = tuple(s for s in config.shapes if s.is_decode)
@@ -76,6 +90,7 @@ class Policy:
         self._free_rows = list(range(config.max_batch - 1, -1, -1))
         self._page_tables = np.zeros((config.max_batch, config.max_pages_per_sequence), np.int32)
         self._builder = PlanBuilder(self._page_tables, config.page_size, config.num_slots)
+        self._num_started: Counter[AdapterVersion] = Counter()  # whose slot stays until they end
         self._last_was_extend = False
         self._num_added = 0
 
@@ -84,17 +99,31 @@ class Policy:
     def add(self, sequence: Sequence) -> None:
         sequence.order = self._num_added
         self._num_added += 1
-        self.waiting.append(sequence)
+        self.shares.enter(sequence.tenant, sequence.version)
+        self.waiting.add(sequence)
 
     def remove_over(self) -> list[Sequence]:
         """Takes out every sequence that ended or was cancelled; its pages and row are free."""
-        over = [s for s in (*self.running, *self.waiting) if s.is_over]
+        over = [
+            s
+            for s in chain(self.running, self.waiting)
+            if s.is_cancelled or s.finish_reason is not None  # is_over, for a thousand at a time
+        ]
+        if not over:
+            return over
+        self.waiting.remove([s for s in over if s.row is None])
         for sequence in over:
-            if sequence.row is not None:
-                self._vacate(sequence)
-        if over:
-            self.waiting = [s for s in self.waiting if not s.is_over]
+            self._leave(sequence)
         return over
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.shares.leave(sequence.tenant, sequence.version)
+        if sequence.row is not None:
+            self._vacate(sequence)
+        if sequence.is_started and sequence.version is not None:
+            self._num_started[sequence.version] -= 1
+            if not self._num_started[sequence.version]:
+                del self._num_started[sequence.version]
 
     @property
     def is_idle(self) -> bool:
@@ -104,18 +133,15 @@ class Policy:
 
     def waiting_for(self, version: AdapterVersion) -> list[Sequence]:
         """Those that cannot start without it; a preempted one has it still."""
-        return [s for s in self.waiting if s.version == version and not s.is_started]
+        return [s for line in self.waiting.lines_of(version) for s in line.sequences]
 
-    def at_hand(self, version: AdapterVersion, now_s: float) -> None:
+    def at_hand(self, version: AdapterVersion, now_s: float = 0.0) -> None:
         """Its weights are in RAM or in the bank; from now on only a slot is waited for."""
-        for sequence in self.waiting_for(version):
-            if sequence.at_hand_since_s is None:
-                sequence.at_hand_since_s = now_s
+        self.waiting.at_hand(version, True)
 
     def not_at_hand(self, version: AdapterVersion) -> None:
         """Its weights left the RAM before it got a slot; they are on their way again."""
-        for sequence in self.waiting_for(version):
-            sequence.at_hand_since_s = None
+        self.waiting.at_hand(version, False)
 
     def update_pins(self, now_s: float) -> PinChanges:
         """What to acquire and release."""
@@ -127,17 +153,21 @@ class Policy:
         So no slot waits for a disk while somebody could use it. Versions of started sequences are
         never more than the slots: each was pinned when its sequence started.
         """
-        loading = []
-        for sequence in (*self.running, *self.waiting):
-            if sequence.version is None:
-                continue
-            if not sequence.is_started and sequence.at_hand_since_s is None:
-                loading.append(sequence.version)
-                continue
-            yield sequence.version
-            if self._must_drain_for(sequence, now_s):
-                return
-        yield from loading
+        yield from self._num_started
+        late = self._late(now_s)
+        lines = [
+            line
+            for line in not_behind(late, self.waiting, self.shares)
+            if line.version is not None and line.version not in self._num_started
+        ]
+        room = self.config.num_slots - len(self._num_started)
+        at_hand = [line for line in lines if line.is_at_hand]
+        yield from pin_order(at_hand, late, self.shares, self.pins, room)
+        loading = [line for line in lines if not line.is_at_hand]
+        yield from pin_order(loading, [], self.shares, self.pins, room)
+
+    def _late(self, now_s: float) -> list[Line]:
+        return late_lines(self.waiting, self.config.max_overtake_s, now_s)
 
     # ---- planning
 
@@ -175,7 +205,8 @@ class Policy:
     def _plan_extend(self, now_s: float) -> StepPlan | None:
         chunks: list[Chunk] = []
         tokens_left = self._extend_capacity
-        for sequence in self._extend_candidates(now_s):
+        admissions = Admissions(self.shares)
+        for sequence in self._extend_candidates(now_s, admissions):
             start, slot = sequence.num_computed, self._slot(sequence)
             count = min(sequence.num_prefill - start, tokens_left)
             final = start + count == sequence.num_prefill
@@ -183,6 +214,7 @@ class Policy:
             tokens_left -= self._padded(count)
             if tokens_left == 0 or len(chunks) == self._max_chunks:
                 break
+        self.waiting.note_passed(admissions.passed(self.waiting, self.pins), now_s)
         if not chunks:
             return None
         chunks = self._well_filled(chunks)
@@ -211,45 +243,59 @@ class Policy:
             room -= self._padded(count)
         return kept
 
-    def _extend_candidates(self, now_s: float) -> Iterator[Sequence]:
+    def _extend_candidates(self, now_s: float, admissions: Admissions) -> Iterator[Sequence]:
         """Running sequences with prompt left, then waiting ones as they are admitted.
 
         Nobody passes a sequence that lacks a row or pages, or is preempted and has its last tokens
-        still on the device; many pass one that lacks a slot, until it must be drained for, and then
-        those without an adapter.
+        still on the device; many pass one that lacks a slot, until it is overdue.
         """
         yield from [s for s in self.running if s.needs_extend]
-        draining = False
-        for sequence in list(self.waiting):
-            if sequence.version is not None:
-                draining = draining or self._must_drain_for(sequence, now_s)
-                if draining or self.pins.slot(sequence.version) is None:
-                    continue
+        for sequence in list(self.waiting.preempted):
             if sequence.num_in_flight or not self._admit(sequence):
                 return
             yield sequence
+        if not self._free_rows or not self.waiting:
+            return
+        holds = self._holds(now_s)
+        for line in in_turn(self._lines_with_slots(), self.shares):
+            if holds.keeps(line, len(self._free_rows)):
+                continue
+            sequence = line.head
+            if not self._admit(sequence):
+                return
+            admissions.note(sequence)
+            self.shares.charge(line.tenant, line.version, INPUT_WEIGHT * len(sequence.prompt))
+            yield sequence
 
-    def _must_drain_for(self, sequence: Sequence, now_s: float) -> bool:
-        """A request that waited its time for a slot alone lets no adapter pass, so slots drain."""
-        since_s = sequence.at_hand_since_s
-        return (
-            sequence.version is not None
-            and not sequence.is_started
-            and since_s is not None
-            and now_s - since_s > self.config.max_overtake_s
-            and self.pins.slot(sequence.version) is None
-        )
+    def _lines_with_slots(self) -> Iterator[Line]:
+        for version in (None, *self.pins.ready_versions):
+            yield from self.waiting.lines_of(version)
+
+    def _holds(self, now_s: float) -> Holds:
+        overdue = overdue_lines(self._late(now_s), self.pins)
+        return Holds(overdue, self.shares, self.pins, self._tokens_left() if overdue else {})
+
+    def _tokens_left(self) -> dict[AdapterVersion, int]:
+        """Of each started adapter's sequence that has the most to go."""
+        left: dict[AdapterVersion, int] = {}
+        for sequence in chain(self.running, self.waiting.preempted):
+            if sequence.version is not None:
+                tokens = sequence.max_new_tokens - sequence.num_answer_planned
+                left[sequence.version] = max(tokens, left.get(sequence.version, 0))
+        return left
 
     def _admit(self, sequence: Sequence) -> bool:
         """A row, and pages for all known tokens and the next one; or nothing."""
         num_tokens = len(sequence.tokens)
         if not self._free_rows or not self.pool.grow(sequence.pages, num_tokens + 1):
             return False
+        self.waiting.take(sequence)
         sequence.row = self._free_rows.pop()
         sequence.num_prefill = num_tokens
+        if sequence.version is not None and not sequence.is_started:
+            self._num_started[sequence.version] += 1
         sequence.is_started = True
         self._enter_pages(sequence)
-        self.waiting.remove(sequence)
         insort(self.running, sequence, key=lambda s: s.order)
         return True
 
@@ -303,7 +349,7 @@ class Policy:
         self.num_preemptions += 1
         self._vacate(sequence)
         sequence.num_computed = 0
-        insort(self.waiting, sequence, key=lambda s: (not s.is_started, s.order))
+        self.waiting.put_back(sequence)
 
     def _vacate(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -333,7 +379,15 @@ class Policy:
                     sequence.finish_reason,
                 )
             )
+        self._charge(emissions)
         return emissions
+
+    def _charge(self, emissions: list[Emission]) -> None:
+        """At once for those that stand together, as an adapter's do."""
+        for (tenant, version), run in groupby(
+            emissions, key=lambda e: (e.sequence.tenant, e.sequence.version)
+        ):
+            self.shares.charge(tenant, version, OUTPUT_WEIGHT * sum(1 for _ in run))
 
     def check(self) -> None:
         """Asserts the books: pages, rows, slots, order, and that nobody is in two lists."""
@@ -353,7 +407,12 @@ class Policy:
             if s.version is not None and s.is_started
         )
         assert self.running == sorted(self.running, key=lambda s: s.order)
-        assert self.waiting == sorted(self.waiting, key=lambda s: (not s.is_started, s.order))
+        self.waiting.check()
+        assert len(self.waiting) == len(list(self.waiting))
+        assert self._num_started == Counter(
+            s.version for s in everyone if s.version is not None and s.is_started
+        )
+        self.shares.check(Counter((s.tenant, s.version) for s in everyone))
 
 
 def _alternatives(results: StepResults, i: int, count: int) -> tuple[tuple[int, float], ...]:

@@ -24,11 +24,11 @@ class Sequence:
     max_new_tokens: int
     stop_token_ids: frozenset[int]
     version: AdapterVersion | None
+    tenant: str = "default"  # whose share it takes; the version's is the adapter's owner
     num_alternatives: int = 0
     stream: Any = None
     arrival_s: float = 0.0
     order: int = 0  # of arrival; the latest is preempted first
-    at_hand_since_s: float | None = None  # its adapter's weights are in RAM, a slot is all it lacks
     is_started: bool = False  # was admitted once: it keeps its adapter's slot until it ends
 
     tokens: list[int] = field(default_factory=list)

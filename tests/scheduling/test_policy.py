@@ -245,8 +245,15 @@ def test_waiting_too_long_for_a_slot_stops_later_adapters_but_not_the_base() -> 
     w.launch()
     w.read()
     w.launch()
-    assert overtaker in w.policy.running  # its time is not over yet
-    w.now_s = 0.6
+    assert overtaker in w.policy.running  # nobody had passed the starved one before
+    w.now_s = 0.8
+    w.read()
+    again = w.add(unending((1, 2), 3, "A"))
+    w.launch()
+    w.read()
+    w.launch()
+    assert again in w.policy.running  # it was passed for less than its time
+    w.now_s = 1.0
     late, base = w.add(unending((1, 2), 3, "B")), w.add(unending((1, 2), 3))
     w.read()
     w.launch()
@@ -256,7 +263,7 @@ def test_waiting_too_long_for_a_slot_stops_later_adapters_but_not_the_base() -> 
     assert base in w.policy.running
     w.run()
     assert w.over.index(starved) < w.over.index(late)
-    for seq in (starved, overtaker, late, base):
+    for seq in (starved, overtaker, again, late, base):
         assert w.answer(seq) == alone(seq)
     w.check_empty()
 

@@ -27,6 +27,7 @@ class Interleavings(RuleBasedStateMachine):
                     max_batch=max_batch,
                     num_slots=slots,
                     max_pages_per_sequence=num_pages - 1,
+                    tenant_weights={"x": 2.0},
                 )
             )
         )
@@ -37,9 +38,10 @@ class Interleavings(RuleBasedStateMachine):
         adapter=st.sampled_from([None, "A", "B", "C", "D"]),
         sampled=st.booleans(),
         at_hand=st.booleans(),
+        tenant=st.sampled_from("xyz"),
     )
     def arrive(
-        self, data: st.DataObject, adapter: str | None, sampled: bool, at_hand: bool
+        self, data: st.DataObject, adapter: str | None, sampled: bool, at_hand: bool, tenant: str
     ) -> None:
         num_prompt = data.draw(st.integers(1, self.max_tokens - 1))
         num_new = data.draw(st.integers(1, self.max_tokens - num_prompt))
@@ -50,6 +52,7 @@ class Interleavings(RuleBasedStateMachine):
             max_new_tokens=num_new,
             stop_token_ids=frozenset({EOS, 3, 50}),
             version=None if adapter is None else version(adapter),
+            tenant=tenant,
         )
         self.everyone.append(self.world.add(seq, at_hand=at_hand))
 
@@ -62,7 +65,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(adapter=st.sampled_from("ABCD"), here=st.booleans())
     def load_or_lose(self, adapter: str, here: bool) -> None:
         if here:
-            self.world.policy.at_hand(version(adapter), self.world.now_s)
+            self.world.policy.at_hand(version(adapter))
         else:
             self.world.policy.not_at_hand(version(adapter))
         self.world.settle()

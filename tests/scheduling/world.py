@@ -135,6 +135,13 @@ class FakeDevice:
         return token
 
 
+class BlindDevice(FakeDevice):
+    """Looks at nothing and draws the same token always: for loads of thousands of tokens."""
+
+    def launch(self, plan: StepPlan) -> Results:
+        return Results(np.ones(len(plan.outputs), np.int64), np.zeros(len(plan.outputs)))
+
+
 @dataclass
 class World:
     """The scheduler actor's duties around a policy, one call each, and checks after every one."""
@@ -157,7 +164,7 @@ class World:
         self.policy.add(seq)
         self.answers[id(seq)] = []
         if at_hand and seq.version is not None:
-            self.policy.at_hand(seq.version, self.now_s)
+            self.policy.at_hand(seq.version)
         self.settle()
         return seq
 

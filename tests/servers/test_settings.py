@@ -62,6 +62,7 @@ EXAMPLES = {
     "adapter_root": "root",
     "adapter": "a=b",
     "remote": "far=hub",
+    "tenant_weight": "a=2",
     "buckets": "2,4",
     "disk_cache": "d",
     "cache_dir": "c",
