@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,13 +98,13 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
     plan = plan_memory(config, model_config, registry, layout)
     sizes = _device_sizes(config, plan)
     steps = (layout, sizes, plan.shapes, kernels(config))
-    with step_store(config.executable_dir, model_config, config.model.dtype, *steps) as store:
-        progress("loading tokenizer", 0.0)
-        tokenizer = load_tokenizer(config, folder, model_config)
-        model = load_weights(config, folder, model_config, progress)
-        device = Device(model, *steps, store, progress)
-    tiers = adapter_tiers(config, registry, layout, plan)
-    preload_adapters(config, tiers, progress)
+    with _tiers_in_the_making(config, registry, layout, plan) as tiers:
+        with step_store(config.executable_dir, model_config, config.model.dtype, *steps) as store:
+            progress("loading tokenizer", 0.0)
+            tokenizer = load_tokenizer(config, folder, model_config)
+            model = load_weights(config, folder, model_config, progress)
+            device = Device(model, *steps, store, progress)
+        preload_adapters(config, tiers, progress)
     return Parts(
         config=config,
         model_info=_model_info(config, model_config, model_id, plan, tokenizer),
@@ -185,6 +186,26 @@ def build_registry(config: EngineConfig, model_id: str) -> Registry:
     for name, folder in config.adapters.named:
         registry.register(name, folder)
     return registry
+
+
+@contextmanager
+def _tiers_in_the_making(
+    config: EngineConfig, registry: Registry, layout: BankLayout, plan: MemoryPlan
+) -> Iterator[AdapterTiers]:
+    """What takes them seconds goes on beside the ``with``: locking memory, starting packers."""
+    tiers = adapter_tiers(config, registry, layout, plan)
+    loader, adapters = tiers.loader, config.adapters
+    try:
+        with ThreadPoolExecutor(1) as beside:
+            reserving = beside.submit(loader.memory.reserve, adapters.host_cache_bytes)
+            if adapters.root is not None or adapters.remotes:  # whom nobody named at the start
+                for _ in range(adapters.num_loaders):
+                    loader.prepare()
+            yield tiers
+        reserving.result()
+    except BaseException:
+        loader.close()
+        raise
 
 
 def adapter_tiers(

@@ -185,6 +185,9 @@ class HostBuffer(Protocol):
 class HostMemory(Protocol):
     """The RAM in which adapters wait. Used by several threads."""
 
+    def reserve(self, num_bytes: int) -> None:
+        """Has so much ready, where getting it later would disturb the device."""
+
     def blank(self, num_bytes: int) -> np.ndarray:
         """u8[num_bytes] of zeros to build a buffer in, aligned; the calling thread's until its next
         call, or for good once it is kept."""
@@ -198,6 +201,9 @@ class HostMemory(Protocol):
 
 class PlainMemory:
     """For a device that is the host: what was built is what is read."""
+
+    def reserve(self, num_bytes: int) -> None:
+        """Nothing to be gained: memory is taken as it is written."""
 
     def blank(self, num_bytes: int) -> np.ndarray:
         return aligned_zeros(num_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 Progress = Callable[[str, float], None]
 """Reports (what is being done, fraction done in 0..1); may be called from any thread."""
@@ -32,11 +33,11 @@ class Projection:
         return self.path.format(layer=layer)
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterVersion:
+class AdapterVersion(NamedTuple):
     """What a name meant when a request resolved it. Keys slots, tiers, KV reuse and metrics.
 
-    The same name uploaded again is a new generation; running requests keep theirs.
+    The same name uploaded again is a new generation; running requests keep theirs. A tuple: it is
+    hashed a thousand times a step.
     """
 
     tenant: str

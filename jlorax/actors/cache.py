@@ -110,7 +110,6 @@ class Cache:
         self._counts = tiers.counts
         self._pin_at_start = tiers.pinned
         self._metrics = metrics
-        self._num_loaders = num_loaders
         self._queue = LoadQueue(num_loaders)
         self._line: dict[AdapterVersion, _InLine] = {}  # first come first served
         self._registrations: dict[AdapterVersion, tuple[LoadAdapter, Callable[[], None]]] = {}
@@ -130,7 +129,6 @@ class Cache:
 
     async def run(self) -> None:
         try:
-            self._prepare_loaders()
             self._pin_first()
             async for message in self._inbox:
                 await self._take(message)
@@ -471,12 +469,6 @@ class Cache:
             self._kept.pop((version.tenant, version.adapter_id), None)
             if not reply.done():
                 reply.set_exception(error)
-
-    def _prepare_loaders(self) -> None:
-        """Where adapters may come that nobody named at the start."""
-        if self._registry.adapter_root is not None or self._remote_names.remotes:
-            for _ in range(self._num_loaders):
-                self._threads.submit(self._loader.prepare)
 
     # ---- pinned by an operator
 

@@ -85,7 +85,7 @@ class Scheduler:
                 for emission in self._policy.complete(plan, output):
                     self._emit(emission)
             case AdapterAtHand(version):
-                self._policy.at_hand(version, time.monotonic())
+                self._policy.at_hand(version)
             case AdapterLoading(version):
                 self._policy.not_at_hand(version)
             case AdapterUnloadable(version, error):

@@ -18,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jlorax.device.executables import ExecutableStore
 from jlorax.device.step import unpack
+from jlorax.errors import ConfigError
 from jlorax.layout import (
     RANK_PAGE,
     BankLayout,
@@ -54,12 +55,25 @@ def host_memory() -> HostMemory:
     return PlainMemory() if device.platform == "cpu" else LockedMemory(device)
 
 
+_RESERVED_AT_ONCE = 1 << 28
+
+
 class LockedMemory:
     """Page-locked, so that the device copies from it without the host's help."""
 
     def __init__(self, device: jax.Device) -> None:
         self._locked = SingleDeviceSharding(device, memory_kind="pinned_host")
         self._scratch = Scratch()
+
+    def reserve(self, num_bytes: int) -> None:
+        """Has so much page-locked now: the pool grows by doubling, and while it locks gigabytes the
+        driver launches nothing. ConfigError when the machine has not got it."""
+        part = np.zeros(min(num_bytes, _RESERVED_AT_ONCE), np.uint8)
+        try:
+            held = [self.copy(part) for _ in range(num_bytes // max(1, len(part)))]
+        except jax.errors.JaxRuntimeError as error:
+            raise ConfigError(f"{num_bytes} bytes cannot be page-locked: {error}") from None
+        del held  # to the pool, which keeps them
 
     def blank(self, num_bytes: int) -> np.ndarray:
         room = self._scratch.room(num_bytes)

@@ -135,7 +135,7 @@ class Policy:
         """Those that cannot start without it; a preempted one has it still."""
         return [s for line in self.waiting.lines_of(version) for s in line.sequences]
 
-    def at_hand(self, version: AdapterVersion, now_s: float = 0.0) -> None:
+    def at_hand(self, version: AdapterVersion) -> None:
         """Its weights are in RAM or in the bank; from now on only a slot is waited for."""
         self.waiting.at_hand(version, True)
 

@@ -279,6 +279,9 @@ class CopyingMemory:
         self.scratch = Scratch()
         self.kept: list[np.ndarray] = []
 
+    def reserve(self, num_bytes: int) -> None:
+        return
+
     def blank(self, num_bytes: int) -> np.ndarray:
         room = self.scratch.room(num_bytes)
         room[:] = 0
