@@ -70,12 +70,65 @@ class SamplingParams:
     seed: int | None = None  # None: drawn at admission, reported in the result
 
 
+class ConstraintKind(Enum):
+    """The language that a constraint's ``source`` is written in."""
+
+    JSON_SCHEMA = "json_schema"  # JSON text of a schema; "{}" is any JSON object or array
+    REGEX = "regex"  # of the whole answer
+    CHOICE = "choice"  # JSON text of a list of strings: the answer is one of them
+    GRAMMAR = "grammar"  # Lark, as llguidance reads it
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What the answer's text must be. Hashable: compiled grammars are kept by it."""
+
+    kind: ConstraintKind
+    source: str
+
+
+class MergeStrategy(Enum):
+    """As PEFT's ``add_weighted_adapter`` names and defines them."""
+
+    LINEAR = "linear"
+    TIES = "ties"
+    DARE_LINEAR = "dare_linear"
+    DARE_TIES = "dare_ties"
+    CAT = "cat"
+    SVD = "svd"
+
+
+class MajoritySign(Enum):
+    """How TIES elects a sign: by the sum of values, or by the number of signs."""
+
+    TOTAL = "total"
+    FREQUENCY = "frequency"
+
+
+@dataclass(frozen=True)
+class AdapterMerge:
+    """Several adapters as one, made when it is first asked for and kept by what it says.
+
+    ``density`` is the share of values that TIES and DARE keep, in (0, 1]; ``seed`` draws DARE's
+    masks, so that equal merges are equal. ``rank`` is SVD's, None for the largest of the parts.
+    """
+
+    adapter_ids: tuple[str, ...]
+    weights: tuple[float, ...]
+    strategy: MergeStrategy = MergeStrategy.LINEAR
+    density: float = 1.0
+    majority_sign: MajoritySign = MajoritySign.TOTAL
+    rank: int | None = None
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class GenerateRequest:
     """One prompt, one answer.
 
     ``prompt`` is text, or token ids taken as they are. ``max_new_tokens`` None means the rest of
     the context. ``num_top_logprobs`` asks for that many alternatives per token (0..20).
+    ``logit_bias`` holds (token id, what is added to its logit), an id once.
     """
 
     prompt: str | tuple[int, ...]
@@ -93,6 +146,11 @@ class GenerateRequest:
     num_top_logprobs: int = 0
     prompt_logprobs: bool = False
     detokenize: bool = True  # False: token ids alone, every text stays empty
+    merge: AdapterMerge | None = None  # instead of adapter_id
+    adapter_scale: float = 1.0  # multiplies the adapter's own scaling
+    constraint: Constraint | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_new_tokens: int = 0  # no stop token is drawn before so many
 
 
 @dataclass(frozen=True)
@@ -120,6 +178,7 @@ class PromptToken:
     id: int
     text: str
     logprob: float | None  # None for the first token
+    alternatives: tuple[TokenAlternative, ...] = ()
 
 
 @dataclass(frozen=True)
