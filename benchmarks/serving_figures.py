@@ -69,6 +69,7 @@ def of_workload(answers: Answers, slo: Slo) -> dict[str, Any]:
     def per_s(number: float) -> float | None:
         return number / seconds if seconds else None
 
+    others = [answer for answer in whole if answer.arrival.tenant != HOG]
     return {
         "num_requests": len(answers.found),
         "num_errors": sum(errors.values()),
@@ -80,7 +81,8 @@ def of_workload(answers: Answers, slo: Slo) -> dict[str, Any]:
         "steady_requests_per_s": _steady_rate(ends_s),
         "goodput_per_s": per_s(sum(_is_good(answer, slo) for answer in whole)),
         **_latencies(whole),
-        "others_ttft_ms": summary([ttft_s(a) for a in whole if a.arrival.tenant != HOG]),
+        "others_ttft_ms": summary([ttft_s(answer) for answer in others]),
+        "others_e2e_ms": summary([e2e_s(answer) for answer in others]),
     }
 
 

@@ -288,8 +288,10 @@ def _tiers() -> list[Preset]:
 
 def _registered() -> list[Preset]:
     recipe = Recipe(Gamma(20.0, 240.0), Zipf(1.0), _FIXED, 10_000)
+    # answers of equal length end in waves: many waves, or the steady rate counts two in one's time
+    sustained = Closed(2048, max_at_once=512)
     return [
-        Preset("registered-capacity", replace(recipe, traffic=_CLOSED), R4),
+        Preset("registered-capacity", replace(recipe, traffic=sustained), R4),
         Preset(
             "registered-10000",
             recipe,
@@ -323,14 +325,15 @@ def _hog() -> list[Preset]:
             after=("hog-without",),
             shares="hog-without",
             touched=True,
-            promises=(
+            promises=tuple(
                 Promise(
-                    "the others' TTFT p99, with the hog / without",
-                    "others_ttft_ms.p99",
+                    f"the others' {what} p99, with the hog / without",
+                    figure,
                     Bound(high=1.5),
                     over="hog-without",
                     is_of_h100=False,
-                ),
+                )
+                for what, figure in (("E2E", "others_e2e_ms.p99"), ("TTFT", "others_ttft_ms.p99"))
             ),
         ),
     ]

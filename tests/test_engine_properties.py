@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import re
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from itertools import islice
+from typing import Any, TypeVar, cast
 
 import pytest
 
@@ -24,7 +26,14 @@ from jlorax.config import (
 )
 from jlorax.engine import Engine
 from jlorax.errors import AdapterConflict, AdapterNotFound, JLoraxError, Unavailable
-from jlorax.types import GenerateRequest, GenerateResult, SamplingParams, TokenEvent
+from jlorax.types import (
+    GenerateRequest,
+    GenerateResult,
+    SamplingParams,
+    Tier,
+    TierStats,
+    TokenEvent,
+)
 from tests import tiny_llama
 
 NUM_ADAPTERS = 200
@@ -32,6 +41,7 @@ NAMES = [f"team/adapter-{i}" for i in range(NUM_ADAPTERS)]
 ADAPTER_BYTES = 17_500  # packed: one page a projection
 TIE = 1e-4  # of the largest log-probability: a margin this small may fall either way
 MAX_LAG_S = 0.1
+T = TypeVar("T")
 
 
 @dataclass
@@ -274,8 +284,61 @@ def test_a_closed_stream_frees_its_pages_within_a_step(home: Home) -> None:
     home.run(test())
 
 
-def _num_steps(engine: Engine) -> int:
-    found = re.findall(r"jlorax_steps_total{.*} (\S+)", engine.metrics().decode())
+def test_who_comes_together_to_an_idle_engine_begins_together(home: Home) -> None:
+    """The actors that resolve their adapters take turns of the loop; no step starts between."""
+
+    async def test() -> None:
+        requests = [
+            GenerateRequest((5, 6, 7), adapter_id=name, max_new_tokens=2, ignore_eos=True)
+            for name in [*NAMES[:3], None]
+        ]
+        for _ in range(2):  # the adapters are in the bank by the second time
+            before = _num_steps(home.engine, "extend")
+            await asyncio.gather(*(answer(home.engine, request) for request in requests))
+            await all_is_back(home.engine)
+        assert _num_steps(home.engine, "extend") == before + 1
+
+    home.run(test())
+
+
+def test_a_thousand_unknown_names_at_once_disturb_nobody(home: Home) -> None:
+    async def test() -> None:
+        engine, lags = home.engine, list[float]()
+        request = GenerateRequest(
+            (5, 6, 7), adapter_id=NAMES[0], max_new_tokens=55, ignore_eos=True
+        )
+        right = await alone(engine, request)
+        books = engine.stats().tiers
+        beside = asyncio.create_task(answer(engine, request))
+        unknown = (
+            answer(engine, replace(request, adapter_id=f"nobody/{i % 900}")) for i in range(1000)
+        )
+        async with _probing(lags):
+            outcomes = [
+                outcome
+                for batch in _by_hundreds(unknown)
+                for outcome in await asyncio.gather(*batch, return_exceptions=True)
+            ]
+        assert all(isinstance(outcome, AdapterNotFound) for outcome in outcomes), outcomes
+        assert_same(await beside, right)
+        assert max(lags) < MAX_LAG_S
+        assert [_loads(tier) for tier in engine.stats().tiers] == [_loads(tier) for tier in books]
+
+    home.run(test())
+
+
+def _by_hundreds(tasks: Iterable[T]) -> Iterator[list[T]]:
+    waiting = iter(tasks)
+    while batch := list(islice(waiting, 100)):
+        yield batch
+
+
+def _loads(tier: TierStats) -> tuple[Tier, int, int, int]:
+    return tier.tier, tier.num_adapters, tier.used_bytes, tier.misses
+
+
+def _num_steps(engine: Engine, kind: str = "") -> int:
+    found = re.findall(rf"jlorax_steps_total{{.*{kind}.*}} (\S+)", engine.metrics().decode())
     return int(sum(map(float, found)))
 
 
@@ -283,24 +346,33 @@ def test_the_loop_stays_free(home: Home) -> None:
     async def test() -> None:
         rng = random.Random(7)
         lags: list[float] = []
-
-        async def probe() -> None:
-            while True:
-                start = time.perf_counter()
-                await asyncio.sleep(0.001)
-                lags.append(time.perf_counter() - start - 0.001)
-
-        probing = asyncio.create_task(probe())
-        for _ in range(8):
-            requests = [replace(draw(rng), max_new_tokens=20) for _ in range(60)]
-            await asyncio.gather(*(answer(home.engine, request) for request in requests))
-        probing.cancel()
+        async with _probing(lags):
+            for _ in range(8):
+                requests = [replace(draw(rng), max_new_tokens=20) for _ in range(60)]
+                await asyncio.gather(*(answer(home.engine, request) for request in requests))
         lags.sort()
         p50, p999 = lags[len(lags) // 2], lags[int(len(lags) * 0.999)]
         print(f"loop lag over {len(lags)} probes: p50 {p50 * 1e3:.2f} ms, p99.9 {p999 * 1e3:.2f}")
         assert p999 < MAX_LAG_S
 
     home.run(test())
+
+
+@asynccontextmanager
+async def _probing(lags: list[float]) -> AsyncIterator[None]:
+    """How late a timer of a millisecond comes, in s, again and again while the body runs."""
+
+    async def probe() -> None:
+        while True:
+            start = time.perf_counter()
+            await asyncio.sleep(0.001)
+            lags.append(time.perf_counter() - start - 0.001)
+
+    probing = asyncio.create_task(probe())
+    try:
+        yield
+    finally:
+        probing.cancel()
 
 
 # ---- the end
@@ -340,8 +412,10 @@ def test_stop_ends_every_open_stream_and_leaves_nothing_behind(
     home: Home, config: EngineConfig
 ) -> None:
     async def test(engine: Engine) -> None:
+        assert gc.get_freeze_count() > 0  # what lives as long is not walked in mid-answer
         tasks = await many_open(engine)
         await asyncio.gather(engine.stop(), engine.stop())
+        assert gc.get_freeze_count() == 0
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(outcome, Unavailable)
         assert engine.stats().state == "dead"

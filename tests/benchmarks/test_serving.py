@@ -206,6 +206,7 @@ def test_figures_are_the_fields_own() -> None:
     assert figures["tpot_ms"]["mean"] == pytest.approx((150 + 200) / 2)
     assert figures["e2e_ms"]["p90"] == pytest.approx(400 + 0.9 * 100)
     assert figures["others_ttft_ms"]["mean"] == pytest.approx(100)
+    assert figures["others_e2e_ms"]["mean"] == pytest.approx(400)
 
 
 @pytest.mark.parametrize(

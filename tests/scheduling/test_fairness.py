@@ -126,6 +126,41 @@ def test_a_hog_delays_nobody_else_much(name: Callable[[int], tuple[str, str]]) -
     assert beside_hog <= 1.5 * alone, (alone, beside_hog)
 
 
+def p99_latency_s(offered: float, *, with_hog: bool) -> float:
+    """Of nine who ask at Poisson times for 60 s, beside one who asks 20 times as often as each.
+
+    ``offered`` by all ten, in parts of what the server's 8 rows can do: 10 requests/s.
+    """
+    load = Load(Policy(load_config(max_batch=8, num_slots=64)))
+    each = 10 * offered / 29
+    arrivals = [
+        (float(at_s), i)
+        for i in range(10)
+        if i or with_hog
+        for at_s in np.cumsum(
+            np.random.default_rng(i).exponential(1 / each / (1 if i else 20), 2000)
+        )
+        if at_s < 60
+    ]
+    coming = iter(sorted(arrivals))
+    at_s, i = next(coming)
+    lengths, others, found = np.random.default_rng(3), set(), []
+    while at_s < np.inf:
+        now = []
+        while at_s <= load.now_s:
+            now.append(request(lengths, f"a{i}", f"t{i}"))
+            others |= {id(now[-1])} if i else set()
+            at_s, i = next(coming, (np.inf, 0))
+        found += [load.now_s - seq.arrival_s for seq in load.step(now) if id(seq) in others]
+    return float(np.percentile(found, 99))
+
+
+@pytest.mark.parametrize("offered", [1.5, 2.0])
+def test_a_hog_that_fills_every_row_delays_nobody_else_much(offered: float) -> None:
+    alone, beside_hog = (p99_latency_s(offered, with_hog=hog) for hog in (False, True))
+    assert beside_hog <= 1.5 * alone, (alone, beside_hog)
+
+
 @pytest.mark.parametrize("is_uniform", [False, True])
 def test_many_adapters_for_few_slots_leave_the_rows_busy(is_uniform: bool) -> None:
     rng = np.random.default_rng(1)
