@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -22,7 +22,7 @@ Answered = Callable[[], None]
 _TOUCHES_AT_ONCE = 16
 _TOUCH_PROMPT = tuple(range(3, 19))
 LOADS_PER_S = 20.0
-LOAD_KINDS = ("none", "resident", "cold")
+LOAD_KINDS = ("none", "prefetched", "resident", "cold")
 _RECENT_SHARE = 4  # a quarter of the adapters comes round again while they are in RAM
 _RECENT_ROUNDS = 2
 
@@ -142,25 +142,52 @@ async def beside_loads(
     num_rounds: int,
     answered: Answered = lambda: None,
 ) -> Beside:
-    """The steady batch again and again; while it decodes nobody comes, or one-token requests for
-    one of its own adapters, or each for an adapter that nobody touched.
+    """The steady batch again and again; while it decodes nobody comes, or adapters that nobody
+    touched are loaded into RAM, or one-token requests come for one of its own adapters, or each
+    for an adapter that nobody touched.
 
     Kinds take turns, so that what drifts does so for all; contexts are equally long in each.
     """
     steady = workload.adapters
     cold = iter(sorted(set(range(num_adapters)) - set(steady)))
+
+    async def ask(adapter: int, at_s: float) -> str | None:
+        arrival = Arrival(0.0, adapter, DEFAULT_TENANT, _TOUCH_PROMPT, 1)
+        return (await _ask(target, Answer(arrival, at_s), name_of)).error
+
+    async def prefetch(adapter: int, at_s: float) -> str | None:
+        try:
+            await target.prefetch(name_of(adapter))
+        except AskFailed as error:
+            return error.code
+        return None
+
+    visitors = {
+        "none": _Visitors(iter(()), ask),
+        "prefetched": _Visitors(cold, prefetch),
+        "resident": _Visitors(_always(steady[0]), ask),
+        "cold": _Visitors(cold, ask),
+    }
     gaps_s: dict[str, list[float]] = {kind: [] for kind in LOAD_KINDS}
     num_visits = dict.fromkeys(LOAD_KINDS, 0)
     errors: list[str] = []
     await touch(target, steady, name_of)
     for _ in range(num_rounds):
         for kind in LOAD_KINDS:
-            turns = {"none": iter(()), "resident": _always(steady[0]), "cold": cold}[kind]
-            gaps, visits, failed = await _beside(target, workload, name_of, turns, answered)
+            coming = visitors[kind]
+            gaps, visits, failed = await _beside(target, workload, name_of, coming, answered)
             gaps_s[kind] += gaps
             num_visits[kind] += visits
             errors += failed
     return Beside(gaps_s, num_visits, tuple(errors), sum(1 for _ in cold))
+
+
+@dataclass(frozen=True)
+class _Visitors:
+    """Which adapters are wanted in turn, and what is done for one: (adapter, when) -> an error."""
+
+    turns: Iterator[int]
+    visit: Callable[[int, float], Coroutine[None, None, str | None]]
 
 
 def _always(adapter: int) -> Iterator[int]:
@@ -172,7 +199,7 @@ async def _beside(
     target: Target,
     workload: Workload,
     name_of: NameOf,
-    turns: Iterator[int],
+    visitors: _Visitors,
     answered: Answered,
 ) -> tuple[list[float], int, list[str]]:
     """(gaps in s while all were decoding, visits, errors)."""
@@ -182,7 +209,7 @@ async def _beside(
         for answer in answers:
             await answer.begun.wait()
         begun_s = time.perf_counter()
-        async with _visitors(target, turns, name_of) as visits:
+        async with _visiting(visitors) as visits:
             await asyncio.wait(batch)
     gaps = [
         later - earlier
@@ -190,24 +217,21 @@ async def _beside(
         for earlier, later in pairwise(answer.token_times_s)
         if earlier >= begun_s
     ]
-    return gaps, len(visits), [a.error for a in (*answers, *visits) if a.error is not None]
+    failed = [answer.error for answer in answers] + [visit.result() for visit in visits]
+    return gaps, len(visits), [error for error in failed if error is not None]
 
 
 @asynccontextmanager
-async def _visitors(
-    target: Target, turns: Iterator[int], name_of: NameOf
-) -> AsyncIterator[list[Answer]]:
+async def _visiting(visitors: _Visitors) -> AsyncIterator[list[asyncio.Task[str | None]]]:
     """Come at their rate while the body runs; whoever is still there at its end is seen out."""
     ended = asyncio.Event()
-    visits: list[Answer] = []
+    visits: list[asyncio.Task[str | None]] = []
     async with asyncio.TaskGroup() as group:
 
         async def come() -> None:
             next_s = time.perf_counter()
-            for adapter in turns:
-                arrival = Arrival(0.0, adapter, DEFAULT_TENANT, _TOUCH_PROMPT, 1)
-                visits.append(Answer(arrival, next_s))
-                group.create_task(_ask(target, visits[-1], name_of))
+            for adapter in visitors.turns:
+                visits.append(group.create_task(visitors.visit(adapter, next_s)))
                 next_s += 1 / LOADS_PER_S
                 try:
                     await asyncio.wait_for(ended.wait(), max(0.0, next_s - time.perf_counter()))

@@ -7,6 +7,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import aiohttp
 
@@ -37,6 +38,9 @@ class Target(Protocol):
         self, adapter: str, tenant: str, prompt: tuple[int, ...], num_out: int
     ) -> AsyncIterator[None]: ...
 
+    async def prefetch(self, adapter: str) -> None:
+        """Returns when its weights are in RAM. Raises AskFailed."""
+
     async def metrics(self) -> str: ...
 
     async def rss_bytes(self) -> float | None: ...
@@ -64,6 +68,12 @@ class EngineTarget:
         try:
             async for _ in self._engine.generate(request):
                 yield
+        except JLoraxError as error:
+            raise AskFailed(error.code) from error
+
+    async def prefetch(self, adapter: str) -> None:
+        try:
+            await self._engine.prefetch_adapter(adapter)
         except JLoraxError as error:
             raise AskFailed(error.code) from error
 
@@ -122,6 +132,16 @@ class UrlTarget:
                         continue  # some end with one more event, which says why
                     num_tokens += 1
                     yield
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise AskFailed(type(error).__name__) from error
+
+    async def prefetch(self, adapter: str) -> None:
+        """By our own route: no other server has one."""
+        try:
+            path = f"/v1/adapters/{quote(adapter, safe='')}/prefetch"
+            async with self._session.post(self._url + path) as response:
+                if response.status != 200:
+                    raise AskFailed(f"http {response.status}")
         except (aiohttp.ClientError, TimeoutError) as error:
             raise AskFailed(type(error).__name__) from error
 

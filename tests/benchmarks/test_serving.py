@@ -49,6 +49,7 @@ class FakeTarget:
         self, failing: Mapping[str, Exception] | None = None, short: frozenset[str] = frozenset()
     ) -> None:
         self.asked: list[str] = []
+        self.prefetched: list[str] = []
         self.num_open = self.most_open = 0
         self._failing = failing or {}
         self._short = short
@@ -67,6 +68,11 @@ class FakeTarget:
                 yield
         finally:
             self.num_open -= 1
+
+    async def prefetch(self, adapter: str) -> None:
+        self.prefetched.append(adapter)
+        if adapter in self._failing:
+            raise self._failing[adapter]
 
     async def metrics(self) -> str:
         return ""
@@ -155,17 +161,20 @@ async def test_an_error_is_counted_by_its_code_and_stops_nobody() -> None:
 
 @in_loop
 async def test_cold_loads_come_beside_a_steady_batch_and_each_is_new() -> None:
-    target = FakeTarget()
+    target = FakeTarget({"a4": AskFailed("adapter_invalid")})
     steady = Workload("", tuple(arrival(adapter=i, out=50) for i in range(4)), None)
-    beside = await serving_load.beside_loads(target, steady, name_of, 12, 2)
+    beside = await serving_load.beside_loads(target, steady, name_of, 16, 2)
     count = Counter(target.asked)
     assert beside.num_visits["none"] == 0
     assert beside.num_visits["cold"] >= 2 <= beside.num_visits["resident"]
-    assert all(count[name_of(i)] == 1 + 2 * 3 for i in (1, 2, 3))  # touched; rounds x kinds
-    assert count["a0"] == 1 + 2 * 3 + beside.num_visits["resident"]
-    cold = [number for name, number in count.items() if int(name[1:]) >= 4]
-    assert cold == [1] * beside.num_visits["cold"]
-    assert beside.num_cold_adapters_left == 8 - len(cold)
+    assert all(count[name_of(i)] == 1 + 2 * 4 for i in (1, 2, 3))  # touched; rounds x kinds
+    assert count["a0"] == 1 + 2 * 4 + beside.num_visits["resident"]
+    cold = [name for name in count if int(name[1:]) >= 4]
+    assert [count[name] for name in cold] == [1] * beside.num_visits["cold"]
+    assert len(target.prefetched) == beside.num_visits["prefetched"] >= 2
+    assert not set(cold) & set(target.prefetched)
+    assert beside.num_cold_adapters_left == 12 - len(cold) - len(target.prefetched)
+    assert beside.errors == ("adapter_invalid",)
     assert all(0 < len(beside.gaps_s[kind]) <= 2 * 4 * 49 for kind in serving_load.LOAD_KINDS)
 
 
@@ -236,9 +245,11 @@ def test_a_run_without_a_whole_answer_has_no_rates() -> None:
 
 
 def test_loads_are_held_against_the_batch_alone() -> None:
-    gaps = {"none": [0.01] * 4, "resident": [0.011] * 4, "cold": [0.012] * 4}
+    gaps = {"none": [0.01] * 4, "prefetched": [], "resident": [0.011] * 4, "cold": [0.012] * 4}
     figures = serving_figures.of_loads(Beside(gaps, {"cold": 3}, ("overloaded",), 2))
-    assert figures["itl_p99_over_none"] == pytest.approx({"none": 1, "resident": 1.1, "cold": 1.2})
+    over_none = figures["itl_p99_over_none"]
+    assert over_none.pop("prefetched") is None
+    assert over_none == pytest.approx({"none": 1, "resident": 1.1, "cold": 1.2})
     assert figures["num_errors"] == 1
 
 
