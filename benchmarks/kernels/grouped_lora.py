@@ -41,13 +41,15 @@ class Work:
     num_adapters: int
     num_outputs: int = 1
     max_rank: int = RANK  # that the tables have room for
+    num_slots: int = SLOTS  # of the bank: a step has room for a block of each, most of them empty
     target_us: float | None = None
 
     @property
     def name(self) -> str:
         site = "" if self.num_outputs == 1 else f", {self.num_outputs} outputs"
         room = "" if self.max_rank == RANK else f", room for rank {self.max_rank}"
-        return f"{self.num_tokens} on {self.num_adapters}{site}{room}"
+        slots = "" if self.num_slots == SLOTS else f", {self.num_slots} slots"
+        return f"{self.num_tokens} on {self.num_adapters}{site}{room}{slots}"
 
     @property
     def adapter_bytes(self) -> int:
@@ -74,7 +76,7 @@ class Work:
             d_in=D,
             widths=(D,) * self.num_outputs,
             num_tokens=self.num_tokens,
-            num_blocks=min(self.num_tokens, SLOTS + self.num_tokens // block_rows),
+            num_blocks=min(self.num_tokens, self.num_slots + self.num_tokens // block_rows),
             max_rank=self.max_rank,
             num_pages=self.num_adapters * self.num_outputs * RANK // 8 + 2,
             block_rows=block_rows,
@@ -86,6 +88,7 @@ class Work:
         return Case(rows, ((RANK,) * self.num_outputs,) * self.num_adapters)
 
 
+_SERVED = 64, 256  # a server's defaults: room for rank 64, 256 slots
 WORKS = (
     Work(1, 1),
     Work(8, 8),
@@ -96,11 +99,16 @@ WORKS = (
     Work(8192, 64, target_us=110.0),
     *(Work(n, min(n, 64), num_outputs=3) for n in (1, 64, 8192)),
     *(Work(n, min(n, 64), max_rank=64) for n in (1, 64, 8192)),
+    *(Work(256, n, 3, *_SERVED) for n in (64, 128, 256)),
 )
 # what a step launches: the attention's inputs, and its output
 SWEEPS = tuple(
     Work(n, min(n, 64), num_outputs)
     for n in (128, 256, 64, 32, 8, 1, 8192, 2048)
+    for num_outputs in (3, 1)
+) + tuple(
+    Work(n, adapters, num_outputs, *_SERVED)
+    for n, adapters in ((256, 256), (256, 64), (128, 64), (8192, 64), (2048, 64))
     for num_outputs in (3, 1)
 )
 

@@ -34,12 +34,16 @@ class ShrinkTuning:
 
 @dataclass(frozen=True)
 class ExpandTuning:
-    """h @ B: a program for every ``block_n`` output columns, ``block_r`` rank columns at once."""
+    """h @ B: a program for every ``block_n`` output columns, ``block_r`` rank columns at once.
+
+    ``wide_r``: rank columns at once where an adapter has more, for a block of several rows.
+    """
 
     block_n: int
     block_r: int
     num_warps: int
     num_stages: int
+    wide_r: int
 
 
 @dataclass(frozen=True)
@@ -65,23 +69,31 @@ class TuningKey:
 
 
 _QKV, _OUT = (4096, 4096, 4096), (4096,)  # Llama-2-7B's sites of attention
-# Where the rule is slower by more than the noise. Swept on 2026-11-25, jax 0.11.2: us a site with
-# an adapter a row (64 at most), in brackets by the rule.
+_PREFILL = ExpandTuning(128, 16, num_warps=4, num_stages=1, wide_r=16)
+# Where the rule is slower by more than the noise: us a site, in brackets by the rule. Swept on
+# 2026-11-25 at room for rank 16 (64 adapters) and on 2026-11-26 at room for rank 64 (32 adapters),
+# jax 0.11.2.
 MEASURED: dict[TuningKey, Tuning] = {
-    TuningKey(H100, 2, 32, 16, 4096, 16, _QKV): Tuning(  # 15.6 (16.1)
-        ShrinkTuning(4, 3, 16, 256, 4, 3), ExpandTuning(256, 16, 1, 1), single=True
-    ),
-    TuningKey(H100, 2, 64, 16, 4096, 16, _QKV): Tuning(  # 26.1 (27.1)
-        ShrinkTuning(4, 3, 16, 256, 4, 3), ExpandTuning(256, 16, 1, 1), single=True
-    ),
     TuningKey(H100, 2, 2048, 64, 4096, 16, _QKV): Tuning(  # 84.5 (87.1)
-        ShrinkTuning(4, 1, 64, 64, 4, 6), ExpandTuning(128, 16, 4, 1), single=False
-    ),
-    TuningKey(H100, 2, 8192, 64, 4096, 16, _QKV): Tuning(  # 252 (270)
-        ShrinkTuning(1, 1, 64, 64, 4, 6), ExpandTuning(128, 16, 4, 1), single=False
+        ShrinkTuning(4, 1, 64, 64, 4, 6), _PREFILL, single=False
     ),
     TuningKey(H100, 2, 8192, 64, 4096, 16, _OUT): Tuning(  # 81.8 (86.5)
-        ShrinkTuning(1, 1, 16, 128, 4, 4), ExpandTuning(128, 16, 4, 1), single=False
+        ShrinkTuning(1, 1, 16, 128, 4, 4), _PREFILL, single=False
+    ),
+    # The rule's own, so that the rows for 8192 tokens do not hold for fewer.
+    TuningKey(H100, 2, 2048, 64, 4096, 64, _QKV): Tuning(
+        ShrinkTuning(4, 1, 64, 64, 4, 4), _PREFILL, single=False
+    ),
+    TuningKey(H100, 2, 2048, 64, 4096, 64, _OUT): Tuning(
+        ShrinkTuning(4, 1, 32, 64, 4, 4), _PREFILL, single=False
+    ),
+    TuningKey(H100, 2, 8192, 64, 4096, 64, _QKV): Tuning(  # 258 (287); of rank 64: 431 (463)
+        ShrinkTuning(1, 1, 64, 64, 4, 6), _PREFILL, single=False
+    ),
+    # Put together from two sweeps: beside the row's for rank 16, which takes 87, and 188 at rank
+    # 64, this shrink took 1 more and 68 less.
+    TuningKey(H100, 2, 8192, 64, 4096, 64, _OUT): Tuning(  # 88 (95); of rank 64: 120 (165)
+        ShrinkTuning(1, 1, 64, 64, 4, 6), _PREFILL, single=False
     ),
 }
 
@@ -113,8 +125,9 @@ def rule(key: TuningKey) -> Tuning:
     """From the registers and the bytes in flight that the machine code shows.
 
     A decode step's bytes are all asked for at once: 4 to 8 KB of A or B a program, about a thousand
-    programs for 64 adapters. With several rows an adapter they go to the matrix units, in stages:
-    Llama-2-7B's qkv at 128 and 256 rows takes 32.8 and 35.2 us so, at once 34.8 and 37.7. A prefill
+    programs for 64 adapters. Above 64 rows shrink goes in stages, for the matrix units, and expand
+    takes twice the columns, for there are up to a block a row, and most may be empty. Two thirds of
+    what a block of many rows would hold in registers are sums: so it goes by parts. A prefill
     streams x, y and partial sums, in tiles of 64 rows, which the Hopper matrix units want. IEEE f32
     products are unrolled multiply-adds: small tiles.
     """
@@ -125,16 +138,18 @@ def rule(key: TuningKey) -> Tuning:
 
 def _decode_rule(key: TuningKey) -> Tuning:
     outputs, rank_tiles = len(key.widths), -(-key.max_rank // 16)
-    few = key.num_tokens <= 8
-    lanes = outputs * min(rank_tiles, 4) if few else outputs
-    block_n = 256 if not few and rank_tiles == 1 else 128
-    expand = ExpandTuning(block_n, block_r=16, num_warps=1, num_stages=1)
     if key.num_tokens > 64:
-        return Tuning(_shrink_cut(key.d_in, 8, lanes, 16, block_k=128, num_warps=2), expand, True)
+        most_splits, block_n = 4 if outputs > 1 else 8, 256 if rank_tiles == 1 else 512
+        shrink = _shrink_cut(
+            key.d_in, most_splits, outputs, 16, block_k=128, num_warps=2, num_stages=3
+        )
+        return Tuning(shrink, ExpandTuning(block_n, 16, 2, 1, wide_r=32), single=True)
+    few = key.num_tokens <= 8
+    lanes = outputs * min(rank_tiles, 4) if key.num_tokens < 8 else outputs
     most_splits = 32 if few else 16
     block_k = 256 if key.d_in <= 256 * most_splits else 512
     shrink = _shrink_cut(key.d_in, most_splits, lanes, 16, block_k, num_warps=block_k // 128)
-    return Tuning(shrink, expand, single=True)
+    return Tuning(shrink, ExpandTuning(128 if few else 256, 16, 1, 1, wide_r=32), single=True)
 
 
 def _prefill_rule(key: TuningKey) -> Tuning:
@@ -144,7 +159,7 @@ def _prefill_rule(key: TuningKey) -> Tuning:
     warps = min(key.block_rows // _LEAST_ROWS, 8)
     return Tuning(
         _shrink_cut(key.d_in, 4, 1, block_r, block_k=64, num_warps=warps),
-        ExpandTuning(block_n=128, block_r=16, num_warps=warps, num_stages=1),
+        ExpandTuning(128, 16, warps, num_stages=1, wide_r=16),
         single=key.num_tokens <= _DECODE_TOKENS,  # perhaps the head's, an output each
     )
 
@@ -153,18 +168,24 @@ def _f32_rule(key: TuningKey) -> Tuning:
     is_decode = key.block_rows == _LEAST_ROWS
     return Tuning(
         _shrink_cut(key.d_in, 8 if is_decode else 4, 1, 16, block_k=64, num_warps=4),
-        ExpandTuning(block_n=64 if is_decode else 32, block_r=16, num_warps=4, num_stages=1),
+        ExpandTuning(64 if is_decode else 32, 16, num_warps=4, num_stages=1, wide_r=16),
         single=key.num_tokens <= _DECODE_TOKENS,
     )
 
 
 def _shrink_cut(
-    d_in: int, most_splits: int, lanes: int, block_r: int, block_k: int, num_warps: int
+    d_in: int,
+    most_splits: int,
+    lanes: int,
+    block_r: int,
+    block_k: int,
+    num_warps: int,
+    num_stages: int = 4,
 ) -> ShrinkTuning:
     """As few splits as take equally many turns."""
     turns = -(-d_in // (block_k * most_splits))
     splits = -(-d_in // (block_k * turns))
-    return ShrinkTuning(splits, lanes, block_r, block_k, num_warps, 4 if turns > 1 else 1)
+    return ShrinkTuning(splits, lanes, block_r, block_k, num_warps, num_stages if turns > 1 else 1)
 
 
 def candidates(key: TuningKey) -> Iterator[Tuning]:
@@ -197,7 +218,9 @@ _DECODE_SHRINK = (
     (8, 512, 4, 1),
     (4, 1024, 4, 1),
     (4, 1024, 8, 1),
-    (8, 128, 2, 4),
+    (8, 128, 2, 3),
+    (4, 128, 2, 3),
+    (4, 256, 2, 2),
     (4, 256, 4, 3),
 )
 _PREFILL_SHRINK = (

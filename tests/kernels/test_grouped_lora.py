@@ -34,15 +34,16 @@ F32_TOLERANCE = 1e-5  # of the largest: two sums of at most a few thousand terms
 BF16_TOLERANCE = 1e-2  # h and y are rounded to 8 bits
 
 # A launch's programs differ by where the work is cut: rows one by one or not, D in splits and
-# turns, ranks in lanes and tiles wider than a page pair, columns in tiles with and without a tail.
+# turns, ranks in lanes and tiles wider than a page pair, columns in tiles with and without a tail
+# and those in parts.
 BY_ROW = Tuning(
     ShrinkTuning(splits=3, lanes=1, block_r=16, block_k=32, num_warps=2, num_stages=1),
-    ExpandTuning(block_n=256, block_r=16, num_warps=1, num_stages=1),
+    ExpandTuning(block_n=256, block_r=16, num_warps=4, num_stages=1, wide_r=32),
     single=True,
 )
 BY_BLOCK = Tuning(
     ShrinkTuning(splits=1, lanes=2, block_r=64, block_k=64, num_warps=4, num_stages=2),
-    ExpandTuning(block_n=128, block_r=32, num_warps=4, num_stages=2),
+    ExpandTuning(block_n=128, block_r=16, num_warps=1, num_stages=2, wide_r=32),
     single=False,
 )
 GroupedLora = Callable[..., jax.Array]
@@ -231,6 +232,14 @@ def test_the_measured_row_with_the_least_room_is_chosen(monkeypatch: pytest.Monk
         assert tuning.choose(unknown) == tuning.rule(unknown)
 
 
+@pytest.mark.parametrize("num_tokens, max_rank", product((512, 2048), (16, 64)))
+def test_few_prompts_are_cut_into_more_programs_than_many(num_tokens: int, max_rank: int) -> None:
+    """Llama-2-7B's sites on an H100: 2048 tokens are 32 blocks, and the card has 132 processors."""
+    for widths in ((4096,) * 3, (4096,)):
+        how = tuning.choose(TuningKey(tuning.H100, 2, num_tokens, 64, 4096, max_rank, widths))
+        assert how.shrink.splits >= 4
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
 @pytest.mark.parametrize("d_in", [64, 4544, 18176])
@@ -238,7 +247,8 @@ def test_a_rule_has_sizes_that_a_kernel_can_have(itemsize: int, block_rows: int,
     for num_tokens, max_rank in product((1, 8, 64, 256, 2048), (8, 16, 64, 256)):
         widths = 4672, 71, 31
         how = tuning.rule(TuningKey("", itemsize, num_tokens, block_rows, d_in, max_rank, widths))
-        powers = how.shrink.block_r, how.shrink.block_k, how.expand.block_r, how.expand.block_n
+        expand = how.expand.block_r, how.expand.wide_r, how.expand.block_n
+        powers = how.shrink.block_r, how.shrink.block_k, *expand
         assert all(n >= 16 and n & (n - 1) == 0 for n in powers)
         turns = -(-d_in // (how.shrink.splits * how.shrink.block_k))
         assert (how.shrink.splits - 1) * turns * how.shrink.block_k < d_in, "a split has no work"
