@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -30,6 +30,7 @@ from jlorax.config import GIB, EngineConfig, Kernels
 from jlorax.defaults import Machine, reserve_bytes
 from jlorax.device.device import Device, DeviceSizes, step_store
 from jlorax.device.lora_bank import host_memory
+from jlorax.device.step import row_bytes
 from jlorax.errors import ConfigError, ModelInvalid
 from jlorax.layout import (
     ITEM_BYTES,
@@ -47,6 +48,7 @@ from jlorax.models.gguf import prepared_folder
 from jlorax.models.kept import kept_config
 from jlorax.models.weights import BaseModel, dummy_model, load_model, weight_bytes
 from jlorax.scheduling.policy import Policy, PolicyConfig
+from jlorax.structured.grammar import GrammarCompiler
 from jlorax.tokenizer import Tokenizer
 from jlorax.types import ModelInfo, Progress, Tier, no_progress
 
@@ -61,6 +63,7 @@ class Parts:
     config: EngineConfig
     model_info: ModelInfo
     tokenizer: Tokenizer
+    grammar_compiler: GrammarCompiler
     limits: Limits
     device: Device
     policy: Policy
@@ -82,6 +85,7 @@ class MemoryPlan:
     page_size: int
     max_seq_len: int
     bank_bytes: int
+    row_bytes: int  # of what the device keeps for every sequence beside its keys and values
     max_slots: int
     pool_pages: Mapping[PoolKey, int]
     host_cache_bytes: int
@@ -96,12 +100,13 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
     registry = build_registry(config, model_id)
     layout = bank_layout(config, model_config)
     plan = plan_memory(config, model_config, registry, layout)
-    sizes = _device_sizes(config, plan)
+    sizes, vocab_size = _device_sizes(config, plan), model_config.shape.vocab_size
     steps = (layout, sizes, plan.shapes, kernels(config))
     with _tiers_in_the_making(config, registry, layout, plan) as tiers:
         with step_store(config.executable_dir, model_config, config.model.dtype, *steps) as store:
             progress("loading tokenizer", 0.0)
             tokenizer = load_tokenizer(config, folder, model_config)
+            grammar_compiler = GrammarCompiler(tokenizer, vocab_size)
             model = load_weights(config, folder, model_config, progress)
             device = Device(model, *steps, store, progress)
         preload_adapters(config, tiers, progress)
@@ -109,9 +114,10 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
         config=config,
         model_info=_model_info(config, model_config, model_id, plan, tokenizer),
         tokenizer=tokenizer,
-        limits=Limits(plan.max_seq_len, model_config.shape.vocab_size),
+        grammar_compiler=grammar_compiler,
+        limits=Limits(plan.max_seq_len, vocab_size),
         device=device,
-        policy=Policy(_policy_config(config, sizes, plan)),
+        policy=Policy(_policy_config(config, sizes, plan, vocab_size)),
         tiers=tiers,
         metrics=Metrics(),
     )
@@ -214,12 +220,13 @@ def adapter_tiers(
     adapters = config.adapters
     remotes = [parse_remote(*remote) for remote in adapters.remotes]
     sources = {remote.name: open_remote(remote) for remote in remotes}
+    memory = host_memory()
     return AdapterTiers(
         registry=registry,
         remote_names=RemoteNames(registry, tuple(sources)),
-        loader=Loader(layout, Sources(sources, adapters.disk_dir), host_memory(), PackerProcess),
+        loader=Loader(layout, Sources(sources, adapters.disk_dir), memory, PackerProcess),
         disk=_disk_tier(config),
-        host=HostTier(adapters.host_cache_bytes),
+        host=HostTier(memory.kept_bytes(adapters.host_cache_bytes)),
         slots=SlotTable(plan.max_slots, plan.pool_pages),
         pinned=adapters.pinned,
     )
@@ -289,7 +296,8 @@ def plan_memory(
     pool_pages = share_bank(layout, adapters.bank_bytes, known)
     bank_bytes = sum(layout.page_bytes(pool) * count for pool, count in pool_pages.items())
     weights = weight_bytes(model, config.model.dtype)
-    num_pages = _num_pages(config, max_seq_len, page_bytes, weights + bank_bytes)
+    rows = row_bytes(config.scheduler.max_batch, shape.vocab_size)
+    num_pages = _num_pages(config, max_seq_len, page_bytes, weights + bank_bytes + rows)
     return MemoryPlan(
         platform=jax.default_backend(),
         device_bytes=kv.device_bytes,
@@ -301,6 +309,7 @@ def plan_memory(
         page_size=kv.page_size,
         max_seq_len=min(max_seq_len, (num_pages - 1) * kv.page_size),
         bank_bytes=bank_bytes,
+        row_bytes=rows,
         max_slots=adapters.max_slots,
         pool_pages=pool_pages,
         host_cache_bytes=adapters.host_cache_bytes,
@@ -310,7 +319,7 @@ def plan_memory(
 
 
 def _num_pages(config: EngineConfig, max_seq_len: int, page_bytes: int, taken_bytes: int) -> int:
-    """Of the KV pool, padding's page included; ``taken_bytes``: weights and bank."""
+    """Of the KV pool, padding's page included; ``taken_bytes``: weights, bank and rows."""
     kv, max_batch = config.kv, config.scheduler.max_batch
     pages_per_sequence = -(-max_seq_len // kv.page_size)
     if kv.cache_bytes is not None:
@@ -319,8 +328,8 @@ def _num_pages(config: EngineConfig, max_seq_len: int, page_bytes: int, taken_by
         left = kv.device_bytes - reserve_bytes(kv.device_bytes) - taken_bytes
         num_pages = min(max_batch * pages_per_sequence + 1, left // page_bytes)
         given = (
-            f"of the device's {kv.device_bytes} bytes weights and adapter bank take {taken_bytes}, "
-            f"and {left} are left for keys and values"
+            f"of the device's {kv.device_bytes} bytes weights, adapter bank and rows' books "
+            f"take {taken_bytes}, and {left} are left for keys and values"
         )
     else:
         share = -(-pages_per_sequence // _POOL_SHARE)
@@ -345,31 +354,30 @@ def kernels(config: EngineConfig) -> Kernels:
 
 
 def step_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
-    """Every executable: decode steps by batch, extend steps by tokens."""
+    """Every executable: decode steps by batch, extend steps by tokens; one of these scores."""
     steps = config.steps
     if kernels(config) != "xla":
         return _packed_shapes(config)
-    return (
-        *map(decode_shape, steps.decode_buckets),
-        *(StepShape(t, steps.tile, t // steps.tile) for t in steps.extend_buckets),
-    )
+    extends = [StepShape(t, steps.tile, t // steps.tile) for t in steps.extend_buckets]
+    return *map(decode_shape, steps.decode_buckets), *extends, replace(extends[0], scores=True)
 
 
 def _packed_shapes(config: EngineConfig) -> tuple[StepShape, ...]:
     """A GPU's launches are counted, so what has no adapters gets an executable without them."""
     steps, slots = config.steps, config.adapters.max_slots
     most = config.scheduler.max_batch
+
+    def extend_shape(num_tokens: int, lora: LoraReach) -> StepShape:
+        return packed_extend_shape(num_tokens, min(most, max(1, num_tokens // steps.tile)), lora)
+
     return (
         *(
             decode_shape(b, lora, packed_slots=slots)
             for b in steps.decode_buckets
             for lora in LoraReach
         ),
-        *(
-            packed_extend_shape(t, min(most, max(1, t // steps.tile)), lora)
-            for t in steps.extend_buckets
-            for lora in LoraReach
-        ),
+        *(extend_shape(t, lora) for t in steps.extend_buckets for lora in LoraReach),
+        replace(extend_shape(steps.extend_buckets[0], LoraReach.ALL), scores=True),
     )
 
 
@@ -408,7 +416,9 @@ def _device_sizes(config: EngineConfig, plan: MemoryPlan) -> DeviceSizes:
     )
 
 
-def _policy_config(config: EngineConfig, sizes: DeviceSizes, plan: MemoryPlan) -> PolicyConfig:
+def _policy_config(
+    config: EngineConfig, sizes: DeviceSizes, plan: MemoryPlan, vocab_size: int
+) -> PolicyConfig:
     return PolicyConfig(
         shapes=plan.shapes,
         max_batch=sizes.max_batch,
@@ -416,6 +426,7 @@ def _policy_config(config: EngineConfig, sizes: DeviceSizes, plan: MemoryPlan) -
         page_size=sizes.page_size,
         max_pages_per_sequence=sizes.max_pages_per_sequence,
         num_slots=sizes.num_slots,
+        vocab_size=vocab_size,
         max_overtake_s=config.scheduler.max_overtake_s,
         tenant_weights=dict(config.scheduler.tenant_weights),
     )

@@ -5,6 +5,7 @@ The environment is read in ``servers`` alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -186,6 +187,45 @@ class ApiKey:
     scopes: frozenset[Scope]
 
 
+_ORIGIN = re.compile(r"https?://[^/@?#*\s,]+")
+_HEADER_OR_METHOD = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110's token
+
+
+@dataclass(frozen=True)
+class CorsConfig:
+    """Which web pages may use the server from a browser (CORS): none, until origins are named.
+
+    ``origins`` as browsers send them ("https://app.example"), or "*" for every page. What pages may
+    send are ``headers`` and ``methods``; beside what browsers show anyway they may read the
+    answer's headers of ``exposed``.
+    """
+
+    origins: tuple[str, ...] = ()
+    headers: tuple[str, ...] = ("content-type", "authorization", "x-api-key")
+    methods: tuple[str, ...] = ("GET", "POST")
+    exposed: tuple[str, ...] = ()
+    allow_credentials: bool = False
+
+    def __post_init__(self) -> None:
+        for origin in self.origins:
+            _require(
+                origin == "*" or _ORIGIN.fullmatch(origin) is not None,
+                f"the CORS origin {origin!r} is not like https://app.example, nor '*'",
+            )
+        for token in (*self.headers, *self.methods, *self.exposed):
+            _require(
+                _HEADER_OR_METHOD.fullmatch(token) is not None,
+                f"{token!r} is no name of a header or method",
+            )
+        _require(
+            not (self.allow_credentials and "*" in self.origins),
+            "CORS credentials are only for origins that are named, not for '*'",
+        )
+
+    def allows(self, origin: str) -> bool:
+        return "*" in self.origins or origin in self.origins
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """The HTTP front. ``api_keys`` by the sha256 of the key; None: everybody may do everything, as
@@ -195,12 +235,19 @@ class ServerConfig:
     port: int = 8080
     max_body_bytes: int = 2 * MIB
     max_batch_prompts: int = 64
+    max_best_of: int = 2
+    strict_fields: bool = False  # fields of a body that nobody reads are refused
     keep_alive_s: float = 75.0
     drain_s: float = 30.0
     api_keys: Mapping[bytes, ApiKey] | None = field(default=None, repr=False)
+    cors: CorsConfig = field(default_factory=CorsConfig)
 
     def __post_init__(self) -> None:
         _require(0 <= self.port <= 65535, f"port is {self.port}; allowed are 0 to 65535")
+        _require(
+            1 <= self.max_best_of <= self.max_batch_prompts,
+            f"max_best_of is {self.max_best_of}; allowed are 1 to {self.max_batch_prompts}",
+        )
 
     @property
     def num_tenants(self) -> int:

@@ -3,6 +3,7 @@
 generate -> ingress -> scheduler <-> runner
                |           ^ |
                +--> cache -+-+--> (slots' writes) runner
+               +--> grammars <-> scheduler
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from jlorax.actors.cache import Cache
+from jlorax.actors.grammar import Grammars
 from jlorax.actors.ingress import Ingress
 from jlorax.actors.mailbox import Mailbox
 from jlorax.actors.messages import (
     CacheMessage,
+    GrammarMessage,
     IngressMessage,
     ListAdapters,
     LoadAdapter,
@@ -33,23 +34,22 @@ from jlorax.actors.messages import (
 )
 from jlorax.actors.runner import Runner
 from jlorax.actors.scheduler import MAX_STEPS_IN_FLIGHT, Scheduler
-from jlorax.actors.stream import Opened, StreamToken, TokenStream
+from jlorax.actors.stream import Opened, Scored, StreamToken, TokenStream
+from jlorax.answer import Answer
 from jlorax.assembly import Parts, assemble
 from jlorax.config import EngineConfig
 from jlorax.errors import InvalidRequest, JLoraxError, Overloaded, Unavailable
 from jlorax.metrics import Metrics
 from jlorax.scheduling.policy import Policy
-from jlorax.tokenizer import IncrementalDetokenizer, StopMatcher, Tokenizer
+from jlorax.tokenizer import Tokenizer
 from jlorax.types import (
     AdapterInfo,
+    EmbedRequest,
+    EmbedResult,
     EngineStats,
-    FinishReason,
     GenerateRequest,
-    GenerateResult,
     ModelInfo,
     Progress,
-    Token,
-    TokenAlternative,
     TokenEvent,
     no_progress,
 )
@@ -70,6 +70,7 @@ class Engine:
         self._ingress: Mailbox[IngressMessage] = Mailbox(parts.config.scheduler.max_queued)
         self._scheduler: Mailbox[SchedulerMessage] = Mailbox(parts.config.scheduler.max_queued)
         self._cache: Mailbox[CacheMessage] = Mailbox(parts.config.scheduler.max_queued)
+        self._grammars: Mailbox[GrammarMessage] = Mailbox(parts.config.scheduler.max_queued)
         self._runner: Mailbox[RunnerMessage] = Mailbox(2 * MAX_STEPS_IN_FLIGHT)
         self._streams: dict[TokenStream, str] = {}  # to their tenants
         self._max_open = parts.config.scheduler.max_queued + parts.config.scheduler.max_batch
@@ -99,9 +100,21 @@ class Engine:
     async def _live(self) -> None:
         """Wholly alive or wholly dead: a fault of an actor ends them all, and every stream."""
         parts = self._parts
-        ingress = Ingress(self._ingress, self._cache, self._scheduler, self.tokenizer, parts.limits)
+        ingress = Ingress(
+            self._ingress,
+            self._cache,
+            self._scheduler,
+            self._grammars,
+            self.tokenizer,
+            parts.limits,
+        )
         scheduler = Scheduler(
-            self._scheduler, self._cache, self._runner, self._policy, self._metrics
+            self._scheduler,
+            self._cache,
+            self._runner,
+            self._grammars,
+            self._policy,
+            self._metrics,
         )
         cache = Cache(
             self._cache,
@@ -112,9 +125,10 @@ class Engine:
             parts.config.adapters.num_loaders,
         )
         runner = Runner(self._runner, self._scheduler, parts.device)
+        grammars = Grammars(self._grammars, self._scheduler, parts.grammar_compiler)
         try:
             async with asyncio.TaskGroup() as actors:
-                for actor in (ingress, scheduler, cache, runner):
+                for actor in (ingress, scheduler, cache, runner, grammars):
                     actors.create_task(actor.run(), name=type(actor).__name__)
         except* Exception as faults:
             for fault in faults.exceptions:
@@ -146,6 +160,23 @@ class Engine:
 
     # ---- requests
 
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """The mean of the final hidden states (after the last norm) of the prompt's tokens, by the
+        adapted model. Raises a JLoraxError; cancelling the caller cancels it within a step."""
+        stream = self._open(_without_answer(request), wants_embedding=True)
+        try:
+            opened = await stream.get()
+            assert isinstance(opened, Opened)
+            scored = await stream.get()
+            assert isinstance(scored, Scored)
+            mean = scored.scores.mean_hidden
+            return EmbedResult(tuple(mean.tolist()), len(opened.prompt))
+        except JLoraxError as error:
+            self._metrics.failed(error.code)
+            raise
+        finally:
+            self._close(stream)
+
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]:
         """Yields a token at a time; the last event carries the whole result.
 
@@ -155,24 +186,27 @@ class Engine:
         try:
             opened = await stream.get()
             assert isinstance(opened, Opened)
-            answer = _Answer(self.tokenizer, self._metrics, request, opened)
+            answer = Answer(self.tokenizer, self._metrics, request, opened)
             while answer.reason is None:
                 item = await stream.get()
-                assert isinstance(item, StreamToken)
-                yield answer.take(item)
+                if isinstance(item, Scored):
+                    await answer.take_prompt(item.scores)
+                else:
+                    assert isinstance(item, StreamToken)
+                    yield answer.take(item)
         except JLoraxError as error:
             self._metrics.failed(error.code)
             raise
         finally:
             self._close(stream)
 
-    def _open(self, request: GenerateRequest) -> TokenStream:
+    def _open(self, request: GenerateRequest, *, wants_embedding: bool = False) -> TokenStream:
         self._check_alive()
         if request.stop and not request.detokenize:
             raise InvalidRequest("stop strings cannot be found without detokenizing")
         self._check_room(request.tenant)
         stream = TokenStream()
-        if not self._ingress.try_put(Submit(request, stream)):
+        if not self._ingress.try_put(Submit(request, stream, wants_embedding)):
             raise Overloaded(f"{len(self._ingress)} requests wait to be admitted")
         self._streams[stream] = request.tenant
         self._idle.clear()
@@ -272,91 +306,12 @@ class Engine:
         return self._metrics.render(self.stats())
 
 
-class _Answer:
-    """One request's answer as it grows: ids to text, stop strings, times. A ``reason`` ends it."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, metrics: Metrics, request: GenerateRequest, opened: Opened
-    ) -> None:
-        self.reason: FinishReason | None = None
-        self._tokenizer = tokenizer
-        self._metrics = metrics
-        self._opened = opened
-        self._is_sampled = request.sampling.temperature > 0
-        self._text = _answer_text(tokenizer, request, opened.prompt)
-        self._tokens: list[Token] = []
-        self._first_token_s = 0.0
-
-    def take(self, item: StreamToken) -> TokenEvent:
-        """The next event; with the last token it carries the result."""
-        if not self._tokens:
-            self._first_token_s = self._elapsed_s()
-            self._metrics.first_token(self._first_token_s)
-        self.reason = item.finish_reason
-        text = ""
-        if self._text is not None:
-            text = self._text.push(item.token, is_last=self.reason is not None)
-            if self._text.is_stopped:
-                self.reason = FinishReason.STOP_SEQUENCE
-        token = self._token(item, text)
-        self._tokens.append(token)
-        result = None if self.reason is None else self._result(self.reason)
-        return TokenEvent(token, len(self._tokens) - 1, result)
-
-    def _elapsed_s(self) -> float:
-        return time.monotonic() - self._opened.queue_start_s
-
-    def _token(self, item: StreamToken, text: str) -> Token:
-        return Token(
-            id=item.token,
-            text=text,
-            logprob=item.logprob,
-            special=self._tokenizer.is_special(item.token),
-            alternatives=self._alternatives(item) if item.alternatives else (),
-        )
-
-    def _alternatives(self, item: StreamToken) -> tuple[TokenAlternative, ...]:
-        text = self._tokenizer.token_text
-        return tuple(TokenAlternative(i, text(i), logprob) for i, logprob in item.alternatives)
-
-    def _result(self, reason: FinishReason) -> GenerateResult:
-        prompt, total_s = self._opened.prompt, self._elapsed_s()
-        self._metrics.finished(reason, len(prompt), len(self._tokens), total_s)
-        return GenerateResult(
-            text="".join(token.text for token in self._tokens),
-            finish_reason=reason,
-            tokens=tuple(self._tokens),
-            prompt_token_ids=prompt,
-            seed=self._opened.seed if self._is_sampled else None,
-            time_to_first_token_s=self._first_token_s,
-            total_s=total_s,
-        )
-
-
-def _answer_text(
-    tokenizer: Tokenizer, request: GenerateRequest, prompt: tuple[int, ...]
-) -> _AnswerText | None:
-    """None for a request that wants token ids alone."""
-    if not request.detokenize:
-        return None
-    matcher = StopMatcher(request.stop, request.include_stop_text)
-    return _AnswerText(IncrementalDetokenizer(tokenizer, prompt), matcher)
-
-
-@dataclass
-class _AnswerText:
-    """The answer's text as it becomes final, cut at the first stop string."""
-
-    detokenizer: IncrementalDetokenizer
-    matcher: StopMatcher
-
-    @property
-    def is_stopped(self) -> bool:
-        return self.matcher.matched is not None
-
-    def push(self, token: int, *, is_last: bool) -> str:
-        text = self.matcher.push(self.detokenizer.push(token))
-        if is_last and not self.is_stopped:
-            text += self.matcher.push(self.detokenizer.finish())
-            text += self.matcher.finish()
-        return text
+def _without_answer(request: EmbedRequest) -> GenerateRequest:
+    return GenerateRequest(
+        prompt=request.prompt,
+        adapter_id=request.adapter_id,
+        adapter_source=request.adapter_source,
+        tenant=request.tenant,
+        add_special_tokens=request.add_special_tokens,
+        truncate=request.truncate,
+    )

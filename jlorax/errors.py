@@ -4,7 +4,8 @@
     ├── InvalidRequest             the request itself is wrong
     │   ├── InvalidParameter       one field is out of range
     │   ├── PromptTooLong          prompt and answer do not fit the context
-    │   └── InvalidAdapterId       a name that can name nothing
+    │   ├── InvalidAdapterId       a name that can name nothing
+    │   └── GrammarDeadEnd         its grammar lets the answer neither go on nor end
     ├── AdapterNotFound            nobody registered that id
     │   └── AdapterGated           it is at a remote, but not for this server's account
     ├── AdapterInvalid             its files cannot be served
@@ -74,6 +75,19 @@ class PromptTooLong(InvalidRequest):
 
 class InvalidAdapterId(InvalidRequest):
     code = "invalid_adapter_id"
+
+
+class GrammarDeadEnd(InvalidRequest):
+    """No token may follow, and the answer is not complete. It shows when it is reached."""
+
+    code = "grammar_dead_end"
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(
+            f"after {num_tokens} tokens the grammar, or its limits, admit no next token of this "
+            "model's vocabulary, and the answer is not complete"
+        )
+        self.num_tokens = num_tokens
 
 
 class AdapterNotFound(JLoraxError):

@@ -1,4 +1,4 @@
-"""Shapes that host and device agree on: the LoRA bank's pages.
+"""Shapes that host and device agree on: the LoRA bank's pages, a step's vector, a row's rules.
 
 A *page* is 8 rank columns of one projection in its whole layer stack: ``[L, 8, width]``. Pages of
 equal (L, width) share a pool, whichever projection they belong to. A projection of rank r takes
@@ -188,6 +188,10 @@ class HostMemory(Protocol):
     def reserve(self, num_bytes: int) -> None:
         """Has so much ready, where getting it later would disturb the device."""
 
+    def kept_bytes(self, num_bytes: int) -> int:
+        """Of so much, what adapters that stay may take; the rest is for those that pass through:
+        being loaded, or on their way to a disk."""
+
     def blank(self, num_bytes: int) -> np.ndarray:
         """u8[num_bytes] of zeros to build a buffer in, aligned; the calling thread's until its next
         call, or for good once it is kept."""
@@ -204,6 +208,10 @@ class PlainMemory:
 
     def reserve(self, num_bytes: int) -> None:
         """Nothing to be gained: memory is taken as it is written."""
+
+    def kept_bytes(self, num_bytes: int) -> int:
+        """All of it: a little more for a while does no harm."""
+        return num_bytes
 
     def blank(self, num_bytes: int) -> np.ndarray:
         return aligned_zeros(num_bytes)
@@ -247,6 +255,34 @@ class SlotWrite:
     packed: np.ndarray  # i32, as a WriteLayout of this buffer's length lays it out
 
 
+MASK_BITS = 32  # of a mask's words
+
+BiasedTokens = tuple[tuple[int, float], ...]  # (token id, what is added to its logit), an id once
+
+
+def mask_words(vocab_size: int) -> int:
+    return -(-vocab_size // MASK_BITS)
+
+
+def mask_without(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
+    """A mask i32[ceil(V / 32)] that allows all but these: bit i % 32 of word i // 32 allows i."""
+    words = np.full(mask_words(vocab_size), 0xFFFFFFFF, np.uint32)
+    for token in tokens:
+        words[token // MASK_BITS] &= ~np.uint32(1 << token % MASK_BITS)
+    return words.view(np.int32)
+
+
+@dataclass(frozen=True)
+class RowWrites:
+    """What rows may draw and what they favour, from the next step on.
+
+    Nobody's row, the one after the last, is never written: it allows all and favours nothing.
+    """
+
+    masks: tuple[tuple[int, np.ndarray], ...] = ()  # (row, i32[ceil(V / 32)])
+    biases: tuple[tuple[int, BiasedTokens], ...] = ()  # (row, all that it favours)
+
+
 @dataclass(frozen=True)
 class BlockCounts:
     """How many blocks a packed step has room for; the host fills as many as it needs.
@@ -269,7 +305,8 @@ class StepShape:
     """One executable: T tokens, B outputs.
 
     Decode has an output per token; an extend step carries chunks of prompts, an output a chunk at
-    most. Adapters are added as far as ``lora`` reaches. How tokens lie follows from what computes:
+    most. Adapters are added as far as ``lora`` reaches. ``scores``: an extend step that also says
+    how probable its tokens are, and sums hidden states. How tokens lie follows from what computes:
       tiles   (XLA)    ``tile`` consecutive tokens belong to one sequence, padded
       packed  (Pallas) one after the other; ``blocks`` say who they belong to, and ``tile`` is 1
     """
@@ -279,6 +316,7 @@ class StepShape:
     num_outputs: int
     lora: LoraReach = LoraReach.ALL
     blocks: BlockCounts | None = None
+    scores: bool = False
 
     @property
     def is_decode(self) -> bool:
@@ -331,7 +369,7 @@ def _step_fields(shape: StepShape, max_pages: int) -> _Fields:
         "kv_pages": ("int32", tokens),
         "kv_offsets": ("int32", tokens),
         "out_index": ("int32", outputs),
-        "out_rows": ("int32", outputs),
+        **dict.fromkeys(OUTPUT_ROWS, ("int32", outputs)),
     }
     if shape.blocks is None:
         fields |= _tile_fields(shape, max_pages)
@@ -342,6 +380,8 @@ def _step_fields(shape: StepShape, max_pages: int) -> _Fields:
     fields |= dict.fromkeys(SAMPLING_FLOATS, ("float32", outputs))
     fields |= dict.fromkeys(("top_k", "num_alternatives"), ("int32", outputs))
     fields["seeds"] = ("uint32", (shape.num_outputs, 2))
+    if shape.scores:
+        fields |= dict.fromkeys(SCORE_FIELDS, ("int32", tokens))
     return fields
 
 
@@ -362,8 +402,11 @@ def _block_fields(shape: StepShape, blocks: BlockCounts, max_pages: int) -> _Fie
     return fields
 
 
+OUTPUT_ROWS = ("out_rows", "mask_rows", "bias_rows")  # the latter two: nobody's for no rule
 LORA_BLOCKS = ("lora_first", "lora_count", "slots")
 QUERY_BLOCKS = ("query_first", "query_count", "query_chunk", "query_position")
+# Per token: what follows it, how many alternatives are asked for, its chunk, its adapter.
+SCORE_FIELDS = ("score_targets", "score_alternatives", "score_chunks", "score_slots")
 SAMPLING_FLOATS = (
     "temperature",
     "top_p",
@@ -374,6 +417,7 @@ SAMPLING_FLOATS = (
     "presence_penalty",
 )
 LAST_TOKEN = -1  # in ``tokens``: the token that the row drew last, which is still on the device
+NO_TARGET = -1  # in ``score_targets``: nobody asks what follows this token
 PADDING = -1  # in ``positions``: this token is not one
 
 
@@ -408,13 +452,17 @@ class StepLayout(PackedLayout):
         packed = np.zeros(self.size, np.int32)
         views = self.views(packed)
         views["positions"][:] = PADDING
-        for name in ("token_rows", "out_rows"):
+        for name in ("token_rows", *OUTPUT_ROWS):
             views[name][:] = padding_row
         if self.shape.lora:
             for name in ("slots", "out_slots"):
                 views[name][:] = base_slot
         for name in ("top_p", "typical_p", "repetition_penalty"):
             views[name][:] = 1.0
+        if self.shape.scores:
+            views["score_targets"][:] = NO_TARGET
+            views["score_chunks"][:] = self.shape.num_outputs
+            views["score_slots"][:] = base_slot
         return packed, views
 
 

@@ -56,7 +56,7 @@ class SamplingParams:
     """How the next token is drawn. Greedy when ``temperature`` is 0.
 
     Ranges are checked in ``wire``; here every value is already allowed.
-    Order: penalties, temperature, top-k, top-p, min-p, typical-p, draw.
+    Order: penalties, biases, constraint, temperature, top-k, top-p, min-p, typical-p, draw.
     """
 
     temperature: float = 0.0
@@ -68,6 +68,9 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # over the answer, per occurrence
     presence_penalty: float = 0.0  # over the answer, once
     seed: int | None = None  # None: drawn at admission, reported in the result
+
+
+MAX_LOGIT_BIASES = 300  # tokens that one request may favour or disfavour, as with OpenAI
 
 
 class ConstraintKind(Enum):
@@ -201,6 +204,26 @@ class TokenEvent:
     token: Token
     index: int
     result: GenerateResult | None = None
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    """One text, one vector. ``prompt`` is text, or token ids taken as they are."""
+
+    prompt: str | tuple[int, ...]
+    adapter_id: str | None = None  # None: the base model
+    adapter_source: str | None = None  # None, or "local"
+    tenant: str = "default"
+    add_special_tokens: bool = True
+    truncate: int | None = None  # keep only the last N prompt tokens
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """``embedding`` has the model's width."""
+
+    embedding: tuple[float, ...]
+    num_tokens: int
 
 
 class Tier(Enum):

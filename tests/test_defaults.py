@@ -51,10 +51,16 @@ def test_a_gpus_executables_are_at_most_32() -> None:
 @pytest.mark.parametrize("gib", [16, 24, 40, 73, 129])
 def test_keys_and_values_take_what_is_left_and_no_more(tmp_path: Path, gib: int) -> None:
     plan = plan_on(Machine("gpu", gib * GIB), tmp_path)
-    taken = plan.weight_bytes + plan.bank_bytes + plan.kv_bytes
+    taken = plan.weight_bytes + plan.bank_bytes + plan.row_bytes + plan.kv_bytes
     free = gib * GIB - taken
     page_bytes = plan.kv_bytes // plan.num_pages
     assert reserve_bytes(gib * GIB) <= free < reserve_bytes(gib * GIB) + page_bytes
+
+
+def test_rows_are_counted_among_what_is_taken(tmp_path: Path) -> None:
+    """Of 32,000 tokens each: seen, a count, a bias, and a bit of a mask; one row is nobody's."""
+    plan = plan_on(Machine("gpu", 73 * GIB), tmp_path)
+    assert plan.row_bytes == 257 * (32000 * (1 + 4 + 4) + 32000 // 8 + 4)
 
 
 def test_an_h100_holds_256_sequences_of_the_closed_load(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The whole engine on packed steps and Pallas kernels, interpreted, against the same engine on XLA.
 
-What only a GPU runs in earnest: blocks of rows and queries, steps without adapters, fused products.
+What only a GPU runs in earnest: blocks of rows and queries, steps without adapters, fused products,
+scored prompts.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jlorax.config import (
     StepConfig,
 )
 from jlorax.engine import Engine
-from jlorax.types import GenerateRequest, SamplingParams
+from jlorax.types import EmbedRequest, GenerateRequest, SamplingParams
 from tests import tiny_llama
 
 NUM_ADAPTERS = 3
@@ -50,11 +51,12 @@ def config(folders: Path, kernels: str) -> EngineConfig:
             max_slots=2,
             max_rank=16,
         ),
+        executable_dir=folders / "executables",
     )
 
 
 def requests() -> list[GenerateRequest]:
-    """Mixed batches, a batch of the base alone, and a drawn one."""
+    """Mixed batches, a batch of the base alone, a drawn one and one with rules."""
     adapters = ("a0", None, "a1", "a0", "a2", None)
     mixed = [
         GenerateRequest(
@@ -63,7 +65,14 @@ def requests() -> list[GenerateRequest]:
         for i, adapter in enumerate(adapters)
     ]
     drawn = GenerateRequest(prompt=PROMPTS[1], adapter_id="a1", sampling=SAMPLED, max_new_tokens=8)
-    return [*mixed, drawn]
+    ruled = GenerateRequest(
+        prompt=PROMPTS[2],
+        adapter_id="a2",
+        logit_bias=((tiny_llama.EOS, 100.0), (5, 90.0)),
+        min_new_tokens=3,
+        max_new_tokens=8,
+    )
+    return [*mixed, drawn, ruled]
 
 
 async def answers(config: EngineConfig) -> list[list[int]]:
@@ -75,6 +84,7 @@ async def answers(config: EngineConfig) -> list[list[int]]:
         found: Sequence[list[int]] = await asyncio.gather(*together)
         alone = await one(engine, requests()[1])
         assert alone == found[1]
+        assert found[-1] == [5, 5, 5, tiny_llama.EOS]
         assert engine.stats().executables_compiled_after_ready == 0
         return list(found)
 
@@ -85,3 +95,38 @@ def test_pallas_gives_the_tokens_of_xla(folders: Path) -> None:
     )
     assert ours == xla
     assert len({tuple(tokens) for tokens in ours}) > 4  # adapters and prompts make a difference
+
+
+def scores_of(config: EngineConfig) -> tuple[list[float], list[list[float]]]:
+    """Every log-probability of scored prompts, and embeddings, of the base and adapters."""
+    asked = [(PROMPTS[i % 4], adapter) for i, adapter in enumerate(("a0", None, "a1", "a2", "a0"))]
+
+    async def scored(engine: Engine, prompt: tuple[int, ...], adapter: str | None) -> list[float]:
+        request = GenerateRequest(
+            prompt, adapter_id=adapter, max_new_tokens=2, prompt_logprobs=True, num_top_logprobs=3
+        )
+        events = [event async for event in engine.generate(request)]
+        result = events[-1].result
+        assert result is not None
+        rest = result.prompt_tokens[1:]
+        alternatives = [a.logprob for token in rest for a in token.alternatives]
+        assert len(alternatives) == 3 * len(rest) == 3 * (len(prompt) - 1)
+        return [*(token.logprob or 0.0 for token in rest), *alternatives]
+
+    async def all_of_them() -> tuple[list[float], list[list[float]]]:
+        async with await Engine.start(config) as engine:
+            found = await asyncio.gather(*(scored(engine, *one) for one in asked))
+            requests = [EmbedRequest(prompt, adapter_id=adapter) for prompt, adapter in asked]
+            embedded = await asyncio.gather(*(engine.embed(request) for request in requests))
+            return [x for part in found for x in part], [list(e.embedding) for e in embedded]
+
+    return asyncio.run(all_of_them())
+
+
+def test_pallas_scores_prompts_as_xla(folders: Path) -> None:
+    (ours, our_means), (theirs, their_means) = (
+        scores_of(config(folders, kernels)) for kernels in ("pallas_interpret", "xla")
+    )
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    for ours, theirs in zip(our_means, their_means, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)

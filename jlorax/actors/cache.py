@@ -32,6 +32,7 @@ from jlorax.actors.messages import (
     AdapterReady,
     AdapterUnloadable,
     CacheMessage,
+    Derive,
     Described,
     Forget,
     ListAdapters,
@@ -75,7 +76,7 @@ T = TypeVar("T")
 
 _UPLOAD_BYTES_PER_S = 25e9  # of page-locked memory, about what a PCIe 4 or 5 link gives
 _PREFETCH_SHARE = 0.5  # of the host tier, for what waiting requests had loaded
-_UNSPOOLED_SHARE = 0.125  # of the host tier: what may wait to be written to disk
+_UNSPOOLED_SHARE = 0.125  # of the host tier: what may wait to be written to disk, or be gone
 _NUM_LOOKUPS = 4  # threads that ask remotes, walk folders, remove files
 
 
@@ -143,6 +144,8 @@ class Cache:
         match message:
             case Resolve():
                 self._answer_named(message)
+            case Derive():
+                _answer(message.reply, self._derive, message)
             case Prefetch(version):
                 self._prefetch(version)
             case Forget(version):
@@ -239,6 +242,12 @@ class Cache:
             case PinAdapter():
                 self._unpin(record, message.reply)
 
+    def _derive(self, message: Derive) -> AdapterVersion:
+        record = self._registry.derive(message.merge, message.parts)
+        for version in self._registry.derived.forget_unused(self._num_requests.__contains__):
+            self._free(version)
+        return self._registry.used(record)
+
     # ---- loading
 
     def _prefetch(self, version: AdapterVersion) -> None:
@@ -321,6 +330,16 @@ class Cache:
             self._is_spooling = True
             self._lookups.submit(self._spool, record, packed)
 
+    def _bound_unspooled(self) -> None:
+        """What left the host tier before it was written is memory that nobody counts. Where loads
+        outrun the disk the oldest is not written at all, and comes from its source again."""
+        gone = [version for version in self._unspooled if version not in self._host]
+        num_bytes = sum(self._unspooled[version].size_bytes for version in gone)
+        for version in gone:
+            if num_bytes <= _UNSPOOLED_SHARE * self._host.max_bytes:
+                return
+            num_bytes -= self._unspooled.pop(version).size_bytes
+
     def _spool(self, record: AdapterRecord, packed: PackedAdapter) -> None:
         """On a lookup's thread."""
         assert self._disk is not None
@@ -356,6 +375,7 @@ class Cache:
         self._load_s[version] = message.seconds
         self._sizes[version] = packed.size_bytes
         self._host.put(version, packed, packed.size_bytes, message.seconds)
+        self._bound_unspooled()
         self._scheduler.post(AdapterAtHand(version))
         if version in self._line:
             self._line[version].packed = packed
@@ -577,7 +597,7 @@ class Cache:
                 reply.set_result(self._info(self._registry.record(version)))
 
     def _unload(self, message: UnloadAdapter) -> None:
-        """Frees the adapter's memory; a registered name is forgotten too.
+        """Frees the adapter's memory and its merges'; a registered name is forgotten too.
 
         When forced, whoever named it already is answered all the same: who runs keeps its slot, who
         waits loads it again, and gets a clear error when the files are gone.
@@ -588,15 +608,18 @@ class Cache:
             raise refusal
         if version in self._registrations:
             raise AdapterConflict(f"adapter {message.adapter_id!r} is still being loaded")
-        if self._num_requests[version] and not message.force:
+        affected = [version, *self._registry.derived.made_of(version)]
+        num_requests = sum(self._num_requests[each] for each in affected)
+        if num_requests and not message.force:
             raise AdapterConflict(
-                f"{self._num_requests[version]} requests use adapter {message.adapter_id!r}; "
+                f"{num_requests} requests use adapter {message.adapter_id!r}; "
                 "use force to unload it"
             )
         if is_registered:
             self._registry.unregister(message.adapter_id, message.tenant)
         self._let_go(version)
-        self._free(version)
+        for each in affected:
+            self._free(each)
 
     def _to_unload(self, message: UnloadAdapter) -> tuple[AdapterVersion, bool]:
         """(version, whether the name was registered here)."""

@@ -12,16 +12,21 @@ from jlorax.actors.mailbox import Mailbox
 from jlorax.actors.messages import (
     Admit,
     CacheMessage,
+    CompileGrammar,
+    Derive,
+    GrammarMessage,
+    GrammarStart,
     IngressMessage,
     Resolve,
     SchedulerMessage,
     Submit,
 )
 from jlorax.actors.stream import Opened, TokenStream
-from jlorax.errors import InvalidRequest, JLoraxError, PromptTooLong
+from jlorax.adapters.merge import merge_of
+from jlorax.errors import InvalidParameter, InvalidRequest, JLoraxError, PromptTooLong
 from jlorax.scheduling.sequence import Sequence
 from jlorax.tokenizer import Tokenizer
-from jlorax.types import AdapterVersion, GenerateRequest
+from jlorax.types import MAX_LOGIT_BIASES, AdapterMerge, AdapterVersion, GenerateRequest
 
 log = logging.getLogger("jlorax.ingress")
 _INLINE_CHARACTERS = 2_000  # longer prompts are tokenized off the loop: 1 MB takes 300 ms
@@ -44,12 +49,14 @@ class Ingress:
         inbox: Mailbox[IngressMessage],
         cache: Mailbox[CacheMessage],
         scheduler: Mailbox[SchedulerMessage],
+        grammars: Mailbox[GrammarMessage],
         tokenizer: Tokenizer,
         limits: Limits,
     ) -> None:
         self._inbox = inbox
         self._cache = cache
         self._scheduler = scheduler
+        self._grammars = grammars
         self._tokenizer = tokenizer
         self._limits = limits
 
@@ -64,7 +71,7 @@ class Ingress:
         if stream.is_cancelled:
             return
         try:
-            sequence = await self._prepare(message.request, stream)
+            sequence = await self._prepare(message.request, stream, message.wants_embedding)
         except JLoraxError as error:
             stream.fail(error)
             return
@@ -77,13 +84,18 @@ class Ingress:
         stream.put(Opened(sequence.prompt, sequence.seed, sequence.arrival_s))
         await self._scheduler.put(Admit(sequence))
 
-    async def _prepare(self, request: GenerateRequest, stream: TokenStream) -> Sequence:
+    async def _prepare(
+        self, request: GenerateRequest, stream: TokenStream, wants_embedding: bool
+    ) -> Sequence:
         arrival_s = time.monotonic()
-        if request.prompt_logprobs:
-            raise InvalidRequest("log-probabilities of prompt tokens are not supported")
         version = await self._resolve(request)
         prompt = await self._tokens(request)
-        max_new_tokens = self._fit(prompt, request.max_new_tokens)
+        max_new_tokens = 0 if wants_embedding else request.max_new_tokens
+        max_new_tokens = self._fit(prompt, max_new_tokens)
+        if max_new_tokens < 1 and not wants_embedding:
+            raise InvalidParameter("max_new_tokens", f"is {max_new_tokens}; it must be at least 1")
+        self._check_rules(request, max_new_tokens)
+        start = await self._compiled(request)
         seed = request.sampling.seed
         eos = () if request.ignore_eos else self._tokenizer.eos_token_ids
         return Sequence(
@@ -95,18 +107,42 @@ class Ingress:
             version=version,
             tenant=request.tenant,
             num_alternatives=request.num_top_logprobs,
+            logit_bias=request.logit_bias,
+            min_new_tokens=request.min_new_tokens,
+            matcher=None if start is None else start.matcher,
+            mask=None if start is None else start.mask,
+            wants_prompt_logprobs=request.prompt_logprobs,
+            wants_embedding=wants_embedding,
             stream=stream,
             arrival_s=arrival_s,
         )
 
     async def _resolve(self, request: GenerateRequest) -> AdapterVersion | None:
+        merge = merge_of(request)
+        if merge is not None:
+            return await self._derive(request, merge)
         if request.adapter_id is None:
             return None
+        return await (await self._asked_for(request, request.adapter_id))
+
+    async def _derive(self, request: GenerateRequest, merge: AdapterMerge) -> AdapterVersion:
+        """All its parts are looked up at once, for those that remotes have to be asked for."""
+        replies = [await self._asked_for(request, name) for name in merge.adapter_ids]
+        versions = []
+        for answer in await asyncio.gather(*replies, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise answer
+            versions.append(answer)
         reply: asyncio.Future[AdapterVersion] = asyncio.get_running_loop().create_future()
-        await self._cache.put(
-            Resolve(request.tenant, request.adapter_id, request.adapter_source, reply)
-        )
+        await self._cache.put(Derive(merge, tuple(versions), reply))
         return await reply
+
+    async def _asked_for(
+        self, request: GenerateRequest, adapter_id: str
+    ) -> asyncio.Future[AdapterVersion]:
+        reply: asyncio.Future[AdapterVersion] = asyncio.get_running_loop().create_future()
+        await self._cache.put(Resolve(request.tenant, adapter_id, request.adapter_source, reply))
+        return reply
 
     async def _tokens(self, request: GenerateRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, tuple):
@@ -121,6 +157,28 @@ class Ingress:
         if not ids:
             raise InvalidRequest("the prompt is empty")
         return tuple(ids if request.truncate is None else ids[-request.truncate :])
+
+    def _check_rules(self, request: GenerateRequest, max_new_tokens: int) -> None:
+        if request.min_new_tokens > max_new_tokens:
+            raise InvalidParameter(
+                "min_new_tokens",
+                f"is {request.min_new_tokens}, but there is room for {max_new_tokens} new tokens",
+            )
+        biased = [token for token, _ in request.logit_bias]
+        if len(biased) > MAX_LOGIT_BIASES or len(biased) > len(set(biased)):
+            raise InvalidParameter(
+                "logit_bias",
+                f"has {len(biased)} entries for {len(set(biased))} tokens; allowed are "
+                f"{MAX_LOGIT_BIASES}, each for another token",
+            )
+        self._check_ids(biased)
+
+    async def _compiled(self, request: GenerateRequest) -> GrammarStart | None:
+        if request.constraint is None:
+            return None
+        reply: asyncio.Future[GrammarStart] = asyncio.get_running_loop().create_future()
+        await self._grammars.put(CompileGrammar(request.constraint, reply))
+        return await reply
 
     def _check_ids(self, ids: list[int]) -> None:
         vocab_size = self._limits.vocab_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jlorax.actors.stream import TokenStream
 from jlorax.adapters.loader import Spooled
@@ -15,15 +16,28 @@ from jlorax.errors import JLoraxError
 from jlorax.layout import LoraReach, SlotWrite
 from jlorax.scheduling.sequence import Sequence
 from jlorax.scheduling.step_plan import StepPlan
-from jlorax.types import AdapterInfo, AdapterVersion, GenerateRequest, Tier
+from jlorax.types import (
+    AdapterInfo,
+    AdapterMerge,
+    AdapterVersion,
+    Constraint,
+    GenerateRequest,
+    Tier,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # ---- to ingress
 
 
 @dataclass(frozen=True)
 class Submit:
+    """``wants_embedding``: of the prompt, and no token."""
+
     request: GenerateRequest
     stream: TokenStream
+    wants_embedding: bool = False
 
 
 # ---- to the scheduler
@@ -84,6 +98,29 @@ class AdapterFailed:
     error: JLoraxError
 
 
+@dataclass(frozen=True)
+class MaskReady:
+    """An AcceptToken's answer: what may come next, i32[ceil(V / 32)], a bit a token."""
+
+    sequence: Sequence
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class GrammarEnded:
+    """Its second answer: the token was the last, nothing may follow."""
+
+    sequence: Sequence
+
+
+@dataclass(frozen=True)
+class GrammarFailed:
+    """Its third answer."""
+
+    sequence: Sequence
+    error: JLoraxError
+
+
 # ---- to the runner
 
 
@@ -102,6 +139,30 @@ class DeviceFault:
     error: Exception
 
 
+# ---- to the grammars
+
+
+class GrammarStart(NamedTuple):
+    """A sequence's own place in its grammar, and what may come first: i32[ceil(V / 32)]."""
+
+    matcher: Any
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class CompileGrammar:
+    constraint: Constraint
+    reply: asyncio.Future[GrammarStart]
+
+
+@dataclass(frozen=True)
+class AcceptToken:
+    """A sequence that has a matcher drew it and goes on."""
+
+    sequence: Sequence
+    token: int
+
+
 # ---- to the cache
 
 
@@ -110,6 +171,15 @@ class Resolve:
     tenant: str
     adapter_id: str
     source: str | None
+    reply: asyncio.Future[AdapterVersion]
+
+
+@dataclass(frozen=True)
+class Derive:
+    """What a merge makes of these versions, resolved before in its order."""
+
+    merge: AdapterMerge
+    parts: tuple[AdapterVersion, ...]
     reply: asyncio.Future[AdapterVersion]
 
 
@@ -231,10 +301,15 @@ SchedulerMessage = (
     | AdapterUnloadable
     | AdapterReady
     | AdapterFailed
+    | MaskReady
+    | GrammarEnded
+    | GrammarFailed
 )
+GrammarMessage = CompileGrammar | AcceptToken
 RunnerMessage = RunStep | WriteSlot | DeviceFault
 CacheMessage = (
     Resolve
+    | Derive
     | Prefetch
     | Forget
     | Acquire

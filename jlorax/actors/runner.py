@@ -49,13 +49,12 @@ class Runner:
             await asyncio.to_thread(self._stop)
 
     def _launch(self, plan: StepPlan) -> None:
-        output = self._device.launch(plan.shape, plan.packed)
+        output = self._device.launch(plan.shape, plan.packed, plan.writes)
         self._reader.submit(self._guarded, self._read, plan, output)
 
     def _read(self, plan: StepPlan, output: StepOutput) -> None:
-        self._scheduler.post_from_thread(
-            StepDone(plan, read(output, alternatives=plan.wants_alternatives))
-        )
+        read_now = read(output, alternatives=plan.wants_alternatives, scores=plan.shape.scores)
+        self._scheduler.post_from_thread(StepDone(plan, read_now))
 
     def _write(self, write: SlotWrite) -> None:
         self._device.write_slot(write)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 
 from jlorax.actors.mailbox import Mailbox
 from jlorax.actors.messages import (
+    AcceptToken,
     Acquire,
     AdapterAtHand,
     AdapterFailed,
@@ -16,6 +18,10 @@ from jlorax.actors.messages import (
     Admit,
     CacheMessage,
     Forget,
+    GrammarEnded,
+    GrammarFailed,
+    GrammarMessage,
+    MaskReady,
     Prefetch,
     Release,
     RunnerMessage,
@@ -24,15 +30,16 @@ from jlorax.actors.messages import (
     StepDone,
     Wake,
 )
-from jlorax.actors.stream import StreamToken, TokenStream
+from jlorax.actors.stream import Scored, StreamToken, TokenStream
 from jlorax.errors import JLoraxError
 from jlorax.metrics import Metrics
 from jlorax.scheduling.policy import Emission, Policy
 from jlorax.scheduling.sequence import Sequence
-from jlorax.types import AdapterVersion
+from jlorax.types import AdapterVersion, FinishReason
 
 _TURNS_TO_GATHER = 4
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
+_MASKS_WITHIN_S = 0.002  # a step's worth of masks takes a tenth of it, unless a grammar is hard
 
 
 class Scheduler:
@@ -41,15 +48,20 @@ class Scheduler:
         inbox: Mailbox[SchedulerMessage],
         cache: Mailbox[CacheMessage],
         runner: Mailbox[RunnerMessage],
+        grammars: Mailbox[GrammarMessage],
         policy: Policy,
         metrics: Metrics,
     ) -> None:
         self._inbox = inbox
         self._cache = cache
         self._runner = runner
+        self._grammars = grammars
         self._policy = policy
         self._metrics = metrics
         self._num_in_flight = 0
+        self._held: dict[Sequence, Emission] = {}  # tokens that their grammars have to see first
+        self._held_since_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
         async for message in self._inbox:
@@ -60,7 +72,8 @@ class Scheduler:
             self._put_in_order(now_s)
             if not self._num_in_flight and await self._more_is_coming():
                 continue
-            self._launch(now_s)
+            if not self._masks_are_coming(now_s):
+                self._launch(now_s)
 
     async def _more_is_coming(self) -> bool:
         """Whether a message comes within a few turns of the loop.
@@ -74,6 +87,26 @@ class Scheduler:
                 return True
         return False
 
+    def _masks_are_coming(self, now_s: float) -> bool:
+        """Whether the next step is worth a moment's delay, for those who draw under a grammar.
+
+        A step that is planned the moment the last one is read would always be without them, and
+        they would draw in every third step only. Never while the device idles and others could go
+        on; and a grammar that takes longer is not waited for.
+        """
+        left_s = self._held_since_s + _MASKS_WITHIN_S - now_s
+        if not self._held or left_s <= 0:
+            return False
+        if not self._num_in_flight and any(s.matcher is None for s in self._policy.running):
+            return False
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._time_is_up)
+        return True
+
+    def _time_is_up(self) -> None:
+        self._timer = None
+        self._inbox.post(Wake())
+
     def _take(self, message: SchedulerMessage) -> None:
         match message:
             case Admit(sequence):
@@ -84,6 +117,14 @@ class Scheduler:
                 self._num_in_flight -= 1
                 for emission in self._policy.complete(plan, output):
                     self._emit(emission)
+            case MaskReady(sequence, mask):
+                sequence.mask = mask
+                self._put(self._held.pop(sequence))
+            case GrammarEnded(sequence):
+                self._end(self._held.pop(sequence))
+            case GrammarFailed(sequence, error):
+                self._put(self._held.pop(sequence))
+                self._fail(sequence, error)
             case AdapterAtHand(version):
                 self._policy.at_hand(version)
             case AdapterLoading(version):
@@ -134,15 +175,35 @@ class Scheduler:
             self._runner.post(RunStep(plan))
 
     def _emit(self, emission: Emission) -> None:
+        """Under a grammar only once that has said whether the token is the last."""
+        sequence = emission.sequence
+        if sequence.matcher is None or emission.token is None or emission.finish_reason is not None:
+            self._put(emission)
+            return
+        self._held[sequence] = emission
+        self._held_since_s = time.monotonic()
+        self._grammars.post(AcceptToken(sequence, emission.token))
+
+    def _end(self, emission: Emission) -> None:
+        emission.sequence.finish_reason = FinishReason.EOS_TOKEN
+        self._put(replace(emission, finish_reason=FinishReason.EOS_TOKEN))
+
+    def _put(self, emission: Emission) -> None:
         stream: TokenStream = emission.sequence.stream
-        stream.put(
-            StreamToken(
-                emission.token, emission.logprob, emission.alternatives, emission.finish_reason
+        if emission.scores is not None:
+            stream.put(Scored(emission.scores, is_last=emission.token is None))
+        if emission.token is not None:
+            stream.put(
+                StreamToken(
+                    emission.token, emission.logprob, emission.alternatives, emission.finish_reason
+                )
             )
-        )
 
     def _fail_waiting(self, version: AdapterVersion, error: JLoraxError) -> None:
         for sequence in self._policy.waiting_for(version):
-            sequence.is_cancelled = True
-            stream: TokenStream = sequence.stream
-            stream.fail(error)
+            self._fail(sequence, error)
+
+    def _fail(self, sequence: Sequence, error: JLoraxError) -> None:
+        sequence.is_cancelled = True
+        stream: TokenStream = sequence.stream
+        stream.fail(error)

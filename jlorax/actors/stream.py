@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from jlorax.errors import JLoraxError
+from jlorax.scheduling.prompt_scores import PromptScores
 from jlorax.types import FinishReason
 
 
@@ -29,7 +30,15 @@ class StreamToken(NamedTuple):
     finish_reason: FinishReason | None
 
 
-Item = Opened | StreamToken
+@dataclass(frozen=True)
+class Scored:
+    """What became of the prompt, before the first token; ``is_last``: nobody asked for more."""
+
+    scores: PromptScores
+    is_last: bool
+
+
+Item = Opened | Scored | StreamToken
 
 
 class TokenStream:
@@ -53,7 +62,7 @@ class TokenStream:
         if self._ended:
             return
         self._items.append(item)
-        self._ended = isinstance(item, StreamToken) and item.finish_reason is not None
+        self._ended = _is_last(item)
         self._wake_reader()
 
     def fail(self, error: JLoraxError) -> None:
@@ -78,3 +87,9 @@ class TokenStream:
         reader, self._reader = self._reader, None
         if reader is not None and not reader.done():
             reader.set_result(None)
+
+
+def _is_last(item: Item) -> bool:
+    if isinstance(item, StreamToken):
+        return item.finish_reason is not None
+    return isinstance(item, Scored) and item.is_last

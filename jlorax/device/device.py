@@ -14,12 +14,22 @@ import numpy as np
 from jlorax.device import executables
 from jlorax.device.executables import ExecutableStore
 from jlorax.device.lora_bank import empty_bank, make_writer
+from jlorax.device.row_writer import RowWriter
 from jlorax.device.step import StepOutput, empty_rows, make_step, step_arguments
-from jlorax.layout import BankLayout, PoolKey, SlotWrite, StepLayout, StepShape
+from jlorax.layout import (
+    BankLayout,
+    PoolKey,
+    RowWrites,
+    SlotWrite,
+    StepLayout,
+    StepShape,
+)
 from jlorax.models.config import ModelConfig
 from jlorax.models.weights import BaseModel
 from jlorax.types import Progress, no_progress
 from pallas_kernels.grouped_lora.api import Implementation
+
+_NO_WRITES = RowWrites()
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,16 @@ class DeviceSizes:
 
 
 @dataclass(frozen=True)
+class HostScores:
+    """A step's StepScores, read."""
+
+    logprobs: np.ndarray
+    top_tokens: np.ndarray
+    top_logprobs: np.ndarray
+    hidden_sums: np.ndarray
+
+
+@dataclass(frozen=True)
 class HostOutput:
     """A StepOutput, read; with its alternatives if anybody wants them."""
 
@@ -42,6 +62,7 @@ class HostOutput:
     logprobs: np.ndarray
     top_tokens: np.ndarray | None
     top_logprobs: np.ndarray | None
+    scores: HostScores | None = None  # if anybody wants them
 
 
 class Device:
@@ -69,6 +90,8 @@ class Device:
         )
         self._writer = make_writer(self._bank, bank_layout, store, implementation)
         self._bank = self._writer.warm_up(self._bank)
+        self._row_writer = RowWriter(self._rows, store)
+        self._rows = self._row_writer.warm_up(self._rows)
         self._warm_up(shapes, sizes, progress)
         self.num_compiled = store.num_compiled
         self.num_loaded = store.num_loaded
@@ -108,8 +131,12 @@ class Device:
             read(self.launch(shape, packed))
             progress("warming up", (i + 1) / len(shapes))
 
-    def launch(self, shape: StepShape, packed: np.ndarray) -> StepOutput:
-        """Starts a step and returns at once; ``packed`` as StepLayout lays it out."""
+    def launch(
+        self, shape: StepShape, packed: np.ndarray, writes: RowWrites = _NO_WRITES
+    ) -> StepOutput:
+        """Starts a step and returns at once; ``packed`` as StepLayout lays it out. ``writes`` come
+        before it, and stay."""
+        self._rows = self._row_writer.write(self._rows, writes)
         self._pools, self._rows, output = self._steps[shape](
             self._leaves, self._pools, self._rows, self._bank, packed
         )
@@ -146,13 +173,14 @@ def _name(shape: StepShape) -> str:
     return repr(shape)
 
 
-def read(output: StepOutput, *, alternatives: bool = False) -> HostOutput:
+def read(output: StepOutput, *, alternatives: bool = False, scores: bool = False) -> HostOutput:
     """Waits for a step and copies what it chose. Called from a thread of its own."""
     return HostOutput(
         tokens=np.asarray(output.tokens),
         logprobs=np.asarray(output.logprobs),
         top_tokens=np.asarray(output.top_tokens) if alternatives else None,
         top_logprobs=np.asarray(output.top_logprobs) if alternatives else None,
+        scores=HostScores(*map(np.asarray, output.scores)) if scores and output.scores else None,
     )
 
 

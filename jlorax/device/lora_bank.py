@@ -56,6 +56,7 @@ def host_memory() -> HostMemory:
 
 
 _RESERVED_AT_ONCE = 1 << 28
+_KEPT_SHARE = 0.75  # of page-locked memory; see kept_bytes
 
 
 class LockedMemory:
@@ -74,6 +75,10 @@ class LockedMemory:
         except jax.errors.JaxRuntimeError as error:
             raise ConfigError(f"{num_bytes} bytes cannot be page-locked: {error}") from None
         del held  # to the pool, which keeps them
+
+    def kept_bytes(self, num_bytes: int) -> int:
+        """With gaps between buffers, too, the pool must never have to grow under load."""
+        return int(_KEPT_SHARE * num_bytes)
 
     def blank(self, num_bytes: int) -> np.ndarray:
         room = self._scratch.room(num_bytes)

@@ -1,7 +1,8 @@
 """Chooses the next token on the device, each row by its own parameters.
 
-Order: penalties, temperature, then filters and draw in ``pallas_kernels.sampling`` (transformers'
-order). A draw depends on (seed, position) alone, never on the batch.
+Order: penalties, biases, masks, temperature, then filters and draw in ``pallas_kernels.sampling``
+(transformers' order). A draw depends on (seed, position) alone, never on the batch. Reported
+log-probabilities are those of the logits as they came.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jlorax.layout import MASK_BITS
 from pallas_kernels.sampling import api
 from pallas_kernels.sampling.api import Implementation, RowParameters, Sampled
 
@@ -33,6 +35,15 @@ class SamplingRows(NamedTuple):
     positions: jax.Array  # i32[B]: where the drawn token will stand
 
 
+class Books(NamedTuple):
+    """What is kept for B rows."""
+
+    seen: jax.Array  # bool[B, V]: in prompt or answer
+    counts: jax.Array  # i32[B, V]: in the answer
+    masks: jax.Array  # i32[B, ceil(V / 32)]: bit i % 32 of word i // 32 allows token i
+    bias: jax.Array  # f32[B, V]: added to the logits
+
+
 class Drawn(NamedTuple):
     tokens: jax.Array  # i32[B]
     logprobs: jax.Array  # f32[B], of the raw distribution
@@ -48,14 +59,14 @@ def greedy(logits: jax.Array) -> Drawn:
 def sample(
     logits: jax.Array,
     rows: SamplingRows,
-    seen: jax.Array,
-    counts: jax.Array,
+    books: Books,
     implementation: Implementation = "xla",
 ) -> Sampled:
-    """logits: f32[B, V]   seen: bool[B, V] prompt or answer   counts: i32[B, V] answer."""
+    """logits: f32[B, V]."""
     is_greedy = rows.temperature <= 0.0
-    penalised = _penalise(logits, rows, seen, counts)
-    warm = penalised / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
+    altered = _penalise(logits, rows, books.seen, books.counts) + books.bias
+    allowed = jnp.where(_may_be_drawn(books.masks, logits.shape[1]), altered, -jnp.inf)
+    warm = allowed / jnp.where(is_greedy, 1.0, rows.temperature)[:, None]
     parameters = RowParameters(
         is_greedy=is_greedy,
         top_k=rows.top_k,
@@ -74,6 +85,43 @@ def sample(
     )
 
 
+class Scored(NamedTuple):
+    """Of B given tokens, in the raw distributions that they were drawn from."""
+
+    logprobs: jax.Array  # f32[B]
+    top_tokens: jax.Array  # i32[B, A], as many as were asked for, then zeros
+    top_logprobs: jax.Array  # f32[B, A]
+
+
+def score(
+    logits: jax.Array,
+    targets: jax.Array,
+    num_alternatives: jax.Array,
+    implementation: Implementation = "xla",
+) -> Scored:
+    """logits: f32[B, V]   targets, num_alternatives: i32[B]."""
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    nothing = RowParameters(
+        is_greedy=jnp.ones(targets.shape, jnp.bool_),
+        top_k=jnp.zeros(targets.shape, jnp.int32),
+        top_p=zeros + 1,
+        min_p=zeros,
+        typical_p=zeros + 1,
+        points=zeros,
+        num_alternatives=num_alternatives,
+    )
+    best = api.sample(
+        logits,
+        logits,
+        nothing,
+        max_alternatives=NUM_ALTERNATIVES,
+        implementation=implementation,
+    )
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return Scored(logprobs, best.top_tokens, best.top_logprobs)
+
+
 def _penalise(
     logits: jax.Array, rows: SamplingRows, seen: jax.Array, counts: jax.Array
 ) -> jax.Array:
@@ -83,6 +131,12 @@ def _penalise(
     out = jnp.where(seen, repeated, logits)
     out -= rows.frequency_penalty[:, None] * counts
     return out - rows.presence_penalty[:, None] * (counts > 0)
+
+
+def _may_be_drawn(masks: jax.Array, vocab_size: int) -> jax.Array:
+    """bool[B, V]."""
+    bits = (masks[:, :, None] >> jnp.arange(MASK_BITS, dtype=jnp.int32)) & 1
+    return bits.reshape(masks.shape[0], -1)[:, :vocab_size] != 0
 
 
 def _uniform(seeds: jax.Array, positions: jax.Array) -> jax.Array:

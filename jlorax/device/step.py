@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jlorax.device import sampling
-from jlorax.device.sampling import SamplingRows
+from jlorax.device.parts import in_parts
+from jlorax.device.sampling import Books, SamplingRows
+from jlorax.device.scores import StepScores, score
 from jlorax.layout import (
     QUERY_BLOCKS,
     SAMPLING_FLOATS,
@@ -18,7 +20,9 @@ from jlorax.layout import (
     PackedLayout,
     StepLayout,
     StepShape,
+    mask_words,
 )
+from jlorax.models.causal import CausalModel
 from jlorax.models.layers import Outputs, TokenBatch
 from jlorax.models.lora import Bank, LoraBatch
 from jlorax.models.weights import BaseModel
@@ -32,24 +36,29 @@ from pallas_kernels.paged_attention.api import (
     Tiles,
 )
 
-_ROWS_PER_PART = 8
+_ROWS_PER_PART = 8  # sampling keeps half a dozen arrays of [rows, V] alive at once
 
 
 class RowState(NamedTuple):
-    """What a sequence keeps on the device, by its row id; the row after the last is for padding."""
+    """What a sequence keeps on the device, by its row id; the row after the last is for padding,
+    and for whoever has no mask or no bias: it allows all and favours nothing."""
 
     last_token: jax.Array  # i32[R + 1]
     seen: jax.Array  # bool[R + 1, V]: in prompt or answer
     counts: jax.Array  # i32[R + 1, V]: in the answer
+    masks: jax.Array  # i32[R + 1, ceil(V / 32)]: what may be drawn, a bit a token
+    bias: jax.Array  # f32[R + 1, V]: added to the logits
 
 
 class StepOutput(NamedTuple):
-    """Per output: the token, its raw log-probability, and the alternatives it asked for."""
+    """Per output: the token, its raw log-probability, and the alternatives it asked for. Of a
+    scoring step its scores too."""
 
     tokens: jax.Array  # i32[B]
     logprobs: jax.Array  # f32[B]
     top_tokens: jax.Array  # i32[B, 20]
     top_logprobs: jax.Array  # f32[B, 20]
+    scores: StepScores | None = None
 
 
 def empty_rows(max_batch: int, vocab_size: int) -> RowState:
@@ -58,7 +67,15 @@ def empty_rows(max_batch: int, vocab_size: int) -> RowState:
         last_token=jnp.zeros((rows,), jnp.int32),
         seen=jnp.zeros((rows, vocab_size), jnp.bool_),
         counts=jnp.zeros((rows, vocab_size), jnp.int32),
+        masks=jnp.full((rows, mask_words(vocab_size)), -1, jnp.int32),
+        bias=jnp.zeros((rows, vocab_size), jnp.float32),
     )
+
+
+def row_bytes(max_batch: int, vocab_size: int) -> int:
+    """Of ``empty_rows``."""
+    rows = jax.eval_shape(lambda: empty_rows(max_batch, vocab_size))
+    return sum(x.size * x.dtype.itemsize for x in rows)
 
 
 Step = Callable[
@@ -99,10 +116,15 @@ def make_step(
             queries=_queries(inputs, layout.shape, implementation),
         )
         lora, head_lora = _adapters(bank, bank_layout, inputs, layout.shape, implementation)
-        outputs = None if layout.shape.is_decode else Outputs(inputs["out_index"], head_lora)
+        needs_all = layout.shape.is_decode or layout.shape.scores
+        outputs = None if needs_all else Outputs(inputs["out_index"], head_lora)
         hidden, pools = module(batch, pools, lora, implementation, outputs)
+        scores = None
+        if layout.shape.scores:
+            scores = _scores(module, hidden, bank, bank_layout, inputs, layout, implementation)
+            hidden = hidden[inputs["out_index"]]
         logits = module.logits(hidden, head_lora)
-        output = _choose(logits, inputs, rows, layout, implementation)
+        output = _choose(logits, inputs, rows, layout, implementation)._replace(scores=scores)
         last_token = rows.last_token.at[inputs["out_rows"]].set(output.tokens)
         return pools, rows._replace(last_token=last_token), output
 
@@ -146,19 +168,49 @@ def _adapters(
     if shape.blocks is None:
         return (
             LoraBatch(bank, layout, inputs["slots"]),
-            LoraBatch(bank, layout, inputs["out_slots"]),
+            _row_by_row(bank, layout, inputs["out_slots"], shape, implementation),
         )
     blocks = RowBlocks(inputs["lora_first"], inputs["lora_count"])
     rows = shape.blocks.lora_rows
     lora = LoraBatch(bank, layout, inputs["slots"], shape.lora, blocks, rows, implementation)
     if shape.is_decode:
         return lora, lora
-    out_slots = inputs["out_slots"]
+    return lora, _row_by_row(bank, layout, inputs["out_slots"], shape, implementation)
+
+
+def _row_by_row(
+    bank: Bank,
+    layout: BankLayout,
+    slots: jax.Array,
+    shape: StepShape,
+    implementation: Implementation,
+) -> LoraBatch:
+    """The view for rows of which each has an adapter of its own: slots i32[B]."""
+    if shape.blocks is None:
+        return LoraBatch(bank, layout, slots)
     base_slot = bank.num_pages.shape[0] - 1
     each = RowBlocks(
-        jnp.arange(shape.num_outputs, dtype=jnp.int32), (out_slots != base_slot).astype(jnp.int32)
+        jnp.arange(slots.shape[0], dtype=jnp.int32), (slots != base_slot).astype(jnp.int32)
     )
-    return lora, LoraBatch(bank, layout, out_slots, shape.lora, each, BLOCK_ROWS, implementation)
+    return LoraBatch(bank, layout, slots, shape.lora, each, BLOCK_ROWS, implementation)
+
+
+def _scores(
+    module: CausalModel,
+    hidden: jax.Array,
+    bank: Bank,
+    bank_layout: BankLayout,
+    inputs: dict[str, jax.Array],
+    layout: StepLayout,
+    implementation: Implementation,
+) -> StepScores:
+    shape = layout.shape
+
+    def head(hidden: jax.Array, slots: jax.Array) -> jax.Array:
+        return module.logits(hidden, _row_by_row(bank, bank_layout, slots, shape, implementation))
+
+    slots = inputs["score_slots"]
+    return score(hidden, slots, inputs, shape.num_outputs, head, implementation)
 
 
 def _tokens(inputs: dict[str, jax.Array], rows: RowState) -> jax.Array:
@@ -201,22 +253,26 @@ def _choose(
         positions=inputs["positions"][inputs["out_index"]] + 1,
     )
 
-    def choose(part: tuple[jax.Array, SamplingRows, jax.Array]) -> StepOutput:
-        logits, parameters, row = part
-        books = rows.seen[row], rows.counts[row]
-        return StepOutput(*sampling.sample(logits, parameters, *books, implementation))
+    rules = inputs["mask_rows"], inputs["bias_rows"]
 
-    whole = logits, parameters, inputs["out_rows"]
+    def choose(part: tuple[jax.Array, SamplingRows, jax.Array, tuple[Any, Any]]) -> StepOutput:
+        logits, parameters, row, (mask_row, bias_row) = part
+        books = Books(rows.seen[row], rows.counts[row], rows.masks[mask_row], rows.bias[bias_row])
+        return StepOutput(*sampling.sample(logits, parameters, books, implementation))
+
+    whole = logits, parameters, inputs["out_rows"], rules
     if implementation != "xla":  # its kernel does for a row no more than the row asks for
         return choose(whole)
     return lax.cond(
-        _is_plain(parameters),
+        _is_plain(parameters, rules, nobodys_row=rows.last_token.shape[0] - 1),
         lambda: _greedy_output(logits),
-        lambda: _in_parts(choose, whole, logits.shape[0]),
+        lambda: in_parts(choose, whole, logits.shape[0], _ROWS_PER_PART),
     )
 
 
-def _is_plain(parameters: SamplingRows) -> jax.Array:
+def _is_plain(
+    parameters: SamplingRows, rules: tuple[jax.Array, ...], nobodys_row: int
+) -> jax.Array:
     """Whether every row wants the most probable token as it is, and nothing else."""
     altered = (
         (parameters.temperature > 0)
@@ -225,6 +281,8 @@ def _is_plain(parameters: SamplingRows) -> jax.Array:
         | (parameters.presence_penalty != 0)
         | (parameters.num_alternatives > 0)
     )
+    for rows in rules:
+        altered |= rows != nobodys_row
     return ~jnp.any(altered)
 
 
@@ -233,16 +291,6 @@ def _greedy_output(logits: jax.Array) -> StepOutput:
     dims = logits.shape[0], sampling.NUM_ALTERNATIVES
     nothing = jnp.zeros(dims, jnp.int32), jnp.zeros(dims, jnp.float32)
     return StepOutput(*sampling.greedy(logits), *nothing)
-
-
-def _in_parts(choose: Callable[[Any], StepOutput], whole: Any, num_rows: int) -> StepOutput:
-    """A few rows at a time: sampling keeps half a dozen arrays of [rows, V] alive at once."""
-    size = max(d for d in range(1, _ROWS_PER_PART + 1) if num_rows % d == 0)
-    if size == num_rows:
-        return choose(whole)
-    parts = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), whole)
-    chosen = lax.map(choose, parts)
-    return StepOutput(*(x.reshape(num_rows, *x.shape[2:]) for x in chosen))
 
 
 def step_arguments(

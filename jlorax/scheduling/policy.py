@@ -11,13 +11,14 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from typing import Protocol
 
 import numpy as np
 
 from jlorax.layout import StepShape
+from jlorax.scheduling.extend_batch import ExtendBatch, ExtendShapes
 from jlorax.scheduling.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT, FairShares
 from jlorax.scheduling.overtaking import (
     Admissions,
@@ -29,12 +30,11 @@ from jlorax.scheduling.overtaking import (
 )
 from jlorax.scheduling.pages import PagePool
 from jlorax.scheduling.pins import PinBook, PinChanges
+from jlorax.scheduling.prompt_scores import PromptScores, StepScores
 from jlorax.scheduling.sequence import Sequence
 from jlorax.scheduling.step_plan import Chunk, PlanBuilder, StepPlan, smallest
 from jlorax.scheduling.waiting import Line, Waiting, in_turn
 from jlorax.types import AdapterVersion, FinishReason
-
-_WELL_FILLED = 0.75  # of an extend step's tokens
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,22 @@ class PolicyConfig:
     page_size: int
     max_pages_per_sequence: int
     num_slots: int
+    vocab_size: int
     max_overtake_s: float
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Emission:
-    """A token for a stream. ``finish_reason`` is set on the last."""
+    """A token for a stream. ``finish_reason`` is set on the last; ``scores`` are the prompt's, with
+    the first. No ``token``: only they were asked for."""
 
     sequence: Sequence
-    token: int
+    token: int | None
     logprob: float
     alternatives: tuple[tuple[int, float], ...]
     finish_reason: FinishReason | None
+    scores: PromptScores | None = None
 
 
 class StepResults(Protocol):
@@ -71,6 +74,8 @@ class StepResults(Protocol):
     def top_tokens(self) -> np.ndarray | None: ...
     @property
     def top_logprobs(self) -> np.ndarray | None: ...
+    @property
+    def scores(self) -> StepScores | None: ...
 
 
 class Policy:
@@ -83,15 +88,17 @@ class Policy:
         self.running: list[Sequence] = []  # by order of arrival
         self.num_preemptions = 0
         self._decode_shapes = tuple(s for s in config.shapes if s.is_decode)
-        self._extend_shapes = tuple(s for s in config.shapes if not s.is_decode)
-        self._extend_capacity = max(s.num_tokens for s in self._extend_shapes)
-        self._max_chunks = max(s.num_outputs for s in self._extend_shapes)
+        self._extend_shapes = ExtendShapes(config.shapes, scores=False)
+        self._scoring_shapes = ExtendShapes(config.shapes, scores=True)
         self._decode_capacity = max(s.num_tokens for s in self._decode_shapes)
         self._free_rows = list(range(config.max_batch - 1, -1, -1))
         self._page_tables = np.zeros((config.max_batch, config.max_pages_per_sequence), np.int32)
-        self._builder = PlanBuilder(self._page_tables, config.page_size, config.num_slots)
+        self._builder = PlanBuilder(
+            self._page_tables, config.page_size, config.num_slots, config.vocab_size
+        )
         self._num_started: Counter[AdapterVersion] = Counter()  # whose slot stays until they end
         self._last_was_extend = False
+        self._last_extend_scored = False
         self._num_added = 0
 
     # ---- entering and leaving
@@ -203,69 +210,51 @@ class Policy:
         return plan
 
     def _plan_extend(self, now_s: float) -> StepPlan | None:
-        chunks: list[Chunk] = []
-        tokens_left = self._extend_capacity
+        batch = ExtendBatch(self._extend_shapes, self._scoring_shapes)
         admissions = Admissions(self.shares)
-        for sequence in self._extend_candidates(now_s, admissions):
-            start, slot = sequence.num_computed, self._slot(sequence)
-            count = min(sequence.num_prefill - start, tokens_left)
-            final = start + count == sequence.num_prefill
-            chunks.append(Chunk(sequence, start, count, slot, final))
-            tokens_left -= self._padded(count)
-            if tokens_left == 0 or len(chunks) == self._max_chunks:
-                break
+        for sequence in self._extend_candidates(now_s, admissions, batch):
+            batch.add(sequence, self._slot(sequence))
         self.waiting.note_passed(admissions.passed(self.waiting, self.pins), now_s)
+        chunks, shapes = batch.chosen(self._last_extend_scored)
         if not chunks:
             return None
-        chunks = self._well_filled(chunks)
-        chunks.sort(key=lambda chunk: chunk.slot)
-        num_tokens = sum(self._padded(chunk.count) for chunk in chunks)
-        shape = self._shape(self._extend_shapes, num_tokens, chunks)
+        shape = self._shape(shapes.all, shapes.num_tokens(chunks), chunks)
         plan = self._builder.extend(shape, chunks)
+        self._last_extend_scored = shape.scores
         self._launch(chunks)
         return plan
 
-    def _well_filled(self, chunks: list[Chunk]) -> list[Chunk]:
-        """Cut back to the next smaller shape where the one that holds all would be mostly padding,
-        which costs what tokens cost; the rest goes into the next step."""
-        num_tokens = sum(self._padded(chunk.count) for chunk in chunks)
-        sizes = {shape.num_tokens for shape in self._extend_shapes}
-        holds_all = min(size for size in sizes if size >= num_tokens)
-        room = max((size for size in sizes if size <= num_tokens), default=holds_all)
-        if num_tokens >= _WELL_FILLED * holds_all:
-            return chunks
-        kept = []
-        for chunk in chunks:
-            count = min(chunk.count, room)
-            if count == 0:
-                break
-            kept.append(chunk if count == chunk.count else replace(chunk, count=count, final=False))
-            room -= self._padded(count)
-        return kept
-
-    def _extend_candidates(self, now_s: float, admissions: Admissions) -> Iterator[Sequence]:
+    def _extend_candidates(
+        self, now_s: float, admissions: Admissions, batch: ExtendBatch
+    ) -> Iterator[Sequence]:
         """Running sequences with prompt left, then waiting ones as they are admitted.
 
         Nobody passes a sequence that lacks a row or pages, or is preempted and has its last tokens
-        still on the device; many pass one that lacks a slot, until it is overdue.
+        still on the device; many pass one that lacks a slot, until it is overdue. One whose grammar
+        has not said yet what comes after its last token holds up nobody.
         """
-        yield from [s for s in self.running if s.needs_extend]
+        yield from [s for s in self.running if s.needs_extend and s.may_draw]
         for sequence in list(self.waiting.preempted):
-            if sequence.num_in_flight or not self._admit(sequence):
+            if batch.is_full or sequence.num_in_flight or not self._admit(sequence):
                 return
-            yield sequence
-        if not self._free_rows or not self.waiting:
+            if sequence.may_draw:
+                yield sequence
+        if batch.is_full or not self._free_rows or not self.waiting:
             return
         holds = self._holds(now_s)
         for line in in_turn(self._lines_with_slots(), self.shares):
             if holds.keeps(line, len(self._free_rows)):
                 continue
             sequence = line.head
+            if not batch.has_room_for(sequence):
+                continue
             if not self._admit(sequence):
                 return
             admissions.note(sequence)
             self.shares.charge(line.tenant, line.version, INPUT_WEIGHT * len(sequence.prompt))
             yield sequence
+            if batch.is_full:
+                return
 
     def _lines_with_slots(self) -> Iterator[Line]:
         for version in (None, *self.pins.ready_versions):
@@ -287,7 +276,8 @@ class Policy:
     def _admit(self, sequence: Sequence) -> bool:
         """A row, and pages for all known tokens and the next one; or nothing."""
         num_tokens = len(sequence.tokens)
-        if not self._free_rows or not self.pool.grow(sequence.pages, num_tokens + 1):
+        num_held = num_tokens + (sequence.max_new_tokens > 0)
+        if not self._free_rows or not self.pool.grow(sequence.pages, num_held):
             return False
         self.waiting.take(sequence)
         sequence.row = self._free_rows.pop()
@@ -310,10 +300,6 @@ class Policy:
         )
         assert shape is not None, (num_tokens, len(chunks), shapes)
         return shape
-
-    def _padded(self, count: int) -> int:
-        tile = self._extend_shapes[0].tile
-        return -(-count // tile) * tile
 
     def _slot(self, sequence: Sequence) -> int:
         if sequence.version is None:
@@ -357,16 +343,23 @@ class Policy:
         assert sequence.row is not None
         self._page_tables[sequence.row] = 0
         self._free_rows.append(sequence.row)
-        sequence.row = None
+        sequence.leave_row()
 
     # ---- results
 
     def complete(self, plan: StepPlan, results: StepResults) -> list[Emission]:
         """Takes a step's outputs; what came for a sequence that is over is thrown away."""
+        if results.scores is not None:
+            _take_scores(plan, results.scores)
         emissions = []
         for i, sequence in enumerate(plan.outputs):
             sequence.num_in_flight -= 1
             if sequence.is_over:
+                continue
+            scores = sequence.scores if sequence.is_to_be_scored else None
+            if sequence.max_new_tokens == 0:
+                sequence.finish_reason = FinishReason.LENGTH
+                emissions.append(Emission(sequence, None, 0.0, (), FinishReason.LENGTH, scores))
                 continue
             token = int(results.tokens[i])
             sequence.accept(token)
@@ -377,6 +370,7 @@ class Policy:
                     float(results.logprobs[i]),
                     _alternatives(results, i, sequence.num_alternatives),
                     sequence.finish_reason,
+                    scores,
                 )
             )
         self._charge(emissions)
@@ -387,7 +381,8 @@ class Policy:
         for (tenant, version), run in groupby(
             emissions, key=lambda e: (e.sequence.tenant, e.sequence.version)
         ):
-            self.shares.charge(tenant, version, OUTPUT_WEIGHT * sum(1 for _ in run))
+            num_tokens = sum(emission.token is not None for emission in run)
+            self.shares.charge(tenant, version, OUTPUT_WEIGHT * num_tokens)
 
     def check(self) -> None:
         """Asserts the books: pages, rows, slots, order, and that nobody is in two lists."""
@@ -413,6 +408,12 @@ class Policy:
             s.version for s in everyone if s.version is not None and s.is_started
         )
         self.shares.check(Counter((s.tenant, s.version) for s in everyone))
+
+
+def _take_scores(plan: StepPlan, scores: StepScores) -> None:
+    for i, (chunk, first) in enumerate(plan.scored):
+        if chunk.sequence.scores is not None and not chunk.sequence.is_over:
+            chunk.sequence.scores.take(chunk.start, chunk.count, scores, first, i)
 
 
 def _alternatives(results: StepResults, i: int, count: int) -> tuple[tuple[int, float], ...]:

@@ -16,9 +16,11 @@ from jlorax.layout import (
     QUERY_BLOCKS,
     SAMPLING_FLOATS,
     LoraReach,
+    RowWrites,
     StepLayout,
     StepShape,
 )
+from jlorax.scheduling.row_rules import RowRules
 from jlorax.scheduling.sequence import Sequence
 
 _LOW_32 = 0xFFFFFFFF
@@ -37,12 +39,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One launch. Output i belongs to ``outputs[i]``; further outputs are padding."""
+    """One launch, after its ``writes``. Output i belongs to ``outputs[i]``; further outputs are
+    padding."""
 
     shape: StepShape
     packed: np.ndarray
+    writes: RowWrites
     outputs: tuple[Sequence, ...]
     num_tokens: int
+    scored: tuple[tuple[Chunk, int], ...] = ()  # chunks, and the first of the step's tokens of each
 
     @property
     def wants_alternatives(self) -> bool:
@@ -52,8 +57,11 @@ class StepPlan:
 class PlanBuilder:
     """Lays chunks into the arrays of a shape. ``page_tables`` [rows, W] is the policy's own."""
 
-    def __init__(self, page_tables: np.ndarray, page_size: int, base_slot: int) -> None:
+    def __init__(
+        self, page_tables: np.ndarray, page_size: int, base_slot: int, vocab_size: int
+    ) -> None:
         self._page_tables = page_tables
+        self._rules = RowRules(vocab_size)
         self._page_size = page_size
         self._base_slot = base_slot
         self._padding_row = page_tables.shape[0]
@@ -80,7 +88,8 @@ class PlanBuilder:
             self._fill_lora_blocks(views, shape, chunks)
         views["out_index"][:] = np.arange(shape.num_outputs)
         self._fill_outputs(views, rows, slots, sequences)
-        return StepPlan(shape, packed, tuple(sequences), n)
+        writes = self._rules.fill(views, sequences)
+        return StepPlan(shape, packed, writes, tuple(sequences), n)
 
     def extend(self, shape: StepShape, chunks: list[Chunk]) -> StepPlan:
         """Chunks of prompts, each at a tile of its own, or one right after the other."""
@@ -98,7 +107,13 @@ class PlanBuilder:
         rows = np.array([s.row for s in sequences], np.int32)
         slots = np.array([chunk.slot for chunk, _ in final], np.int32)
         self._fill_outputs(views, rows, slots, sequences)
-        return StepPlan(shape, packed, tuple(sequences), sum(chunk.count for chunk in chunks))
+        writes = self._rules.fill(views, sequences)
+        num_tokens = sum(chunk.count for chunk in chunks)
+        if not shape.scores:
+            return StepPlan(shape, packed, writes, tuple(sequences), num_tokens)
+        scored = tuple(zip(chunks, firsts, strict=True))
+        _fill_scores(views, scored)
+        return StepPlan(shape, packed, writes, tuple(sequences), num_tokens, scored)
 
     def _blank(self, shape: StepShape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         return self._layout(shape).blank(self._padding_row, self._base_slot)
@@ -177,6 +192,17 @@ class PlanBuilder:
         views["num_alternatives"][:n] = [s.num_alternatives for s in sequences]
         views["seeds"][:n, 0] = [s.seed >> 32 for s in sequences]
         views["seeds"][:n, 1] = [s.seed & _LOW_32 for s in sequences]
+
+
+def _fill_scores(views: dict[str, np.ndarray], scored: tuple[tuple[Chunk, int], ...]) -> None:
+    for i, (chunk, first) in enumerate(scored):
+        tokens = slice(first, first + chunk.count)
+        views["score_chunks"][tokens] = i
+        views["score_slots"][tokens] = chunk.slot
+        if chunk.sequence.wants_prompt_logprobs:
+            views["score_alternatives"][tokens] = chunk.sequence.num_alternatives
+            following = chunk.sequence.prompt[chunk.start + 1 : chunk.start + 1 + chunk.count]
+            views["score_targets"][first : first + len(following)] = following
 
 
 def _firsts(shape: StepShape, chunks: list[Chunk]) -> Iterator[int]:

@@ -39,7 +39,8 @@ from jlorax.actors.messages import (
 )
 from jlorax.adapters.disk_tier import DiskTier
 from jlorax.adapters.host_tier import HostTier
-from jlorax.adapters.loader import Load, Loader
+from jlorax.adapters.loader import Load, Loader, Spooled
+from jlorax.adapters.pack import PackedAdapter
 from jlorax.adapters.registry import AdapterRecord, Registry
 from jlorax.adapters.remote import Described, RemoteSource
 from jlorax.adapters.remote_names import MAX_QUESTIONS, RemoteNames
@@ -73,6 +74,11 @@ class GatedLoader(Loader):
     threads: set[str] = field(default_factory=set)
     faulty: set[str] = field(default_factory=set)
     ended: list[str] = field(default_factory=list)
+    disk_gate: threading.Event | None = None
+
+    def spool(self, record: AdapterRecord, packed: PackedAdapter, folder: Path) -> Spooled:
+        assert self.disk_gate is None or self.disk_gate.wait(10)
+        return super().spool(record, packed, folder)
 
     def load(
         self,
@@ -547,6 +553,29 @@ def test_a_load_given_up_and_wanted_again_in_time_goes_on(root: Path) -> None:
         assert bench.loader.loads == {"a": 1}
 
     on_bench(root, test)
+
+
+def test_what_left_ram_before_it_was_written_is_not_kept_for_a_slow_disk(
+    root: Path, tmp_path: Path
+) -> None:
+    async def test(bench: Bench) -> None:
+        disk_gate = threading.Event()
+        object.__setattr__(bench.loader, "disk_gate", disk_gate)
+        versions = [await bench.resolve(name) for name in "abc"]
+        for version in versions:
+            bench.prefetch(version)
+            await bench.until(AdapterAtHand(version))
+            bench.inbox.post(Forget(version))
+            await bench.resolve("d")
+        disk_gate.set()
+        for version in (versions[0], versions[2]):  # being written when it left, and still there
+            await bench.until_on_disk(version)
+        disk = bench.tiers.disk
+        record = bench.tiers.registry.record(versions[1])
+        assert disk is not None and disk.size_bytes(bench.loader.key(record)) is None
+
+    one = int(1.5 * packed_bytes(root / "a"))
+    on_bench(root, test, host_bytes=one, disk_dir=tmp_path / "disk")
 
 
 def test_a_restart_reads_the_disk_tier_and_a_damaged_file_its_source(

@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
-from jlorax.actors.stream import Item, Opened, StreamToken, TokenStream
+from jlorax.actors.stream import Item, Opened, Scored, StreamToken, TokenStream
 from jlorax.errors import Unavailable
+from jlorax.scheduling.prompt_scores import PromptScores
 from jlorax.types import FinishReason
 
 LAST = StreamToken(2, -0.5, (), FinishReason.LENGTH)
@@ -67,5 +68,19 @@ def test_the_first_end_counts() -> None:
         with pytest.raises(Unavailable):
             await other.get()
         assert not other._items
+
+    asyncio.run(test())
+
+
+def test_scores_end_a_stream_when_nothing_else_was_asked_for() -> None:
+    async def test() -> None:
+        scores = PromptScores(num_tokens=3, num_alternatives=0)
+        stream = TokenStream()
+        stream.put(Scored(scores, is_last=False))
+        assert not stream.is_ended
+        stream.put(Scored(scores, is_last=True))
+        assert stream.is_ended
+        stream.put(Scored(scores, is_last=True))
+        assert len(stream._items) == 2
 
     asyncio.run(test())

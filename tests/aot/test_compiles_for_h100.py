@@ -31,6 +31,7 @@ from jlorax.layout import (  # noqa: E402
     StepLayout,
     StepShape,
     decode_shape,
+    mask_words,
     packed_extend_shape,
 )
 from jlorax.models.config import parse_config  # noqa: E402
@@ -148,6 +149,8 @@ def _arguments(model: Any, bank: BankLayout, layout: StepLayout, on_gpu: Any) ->
             on_gpu((MAX_BATCH + 1,), jnp.int32),
             on_gpu((MAX_BATCH + 1, s.vocab_size), jnp.bool_),
             on_gpu((MAX_BATCH + 1, s.vocab_size), jnp.int32),
+            on_gpu((MAX_BATCH + 1, mask_words(s.vocab_size)), jnp.int32),
+            on_gpu((MAX_BATCH + 1, s.vocab_size), jnp.float32),
         ),
         Bank(
             {

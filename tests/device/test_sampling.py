@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from jlorax.device import sampling
-from jlorax.device.sampling import SamplingRows
-from jlorax.device.step import StepOutput, _in_parts
+from jlorax.device.parts import in_parts
+from jlorax.device.sampling import Books, SamplingRows
+from jlorax.device.step import StepOutput
+from jlorax.layout import mask_words
 from pallas_kernels.sampling import xla
 
 torch = pytest.importorskip("torch")
@@ -50,6 +52,13 @@ def rows_of(
         seeds=jnp.asarray([(0, seed) for seed in seeds], jnp.uint32),
         positions=jnp.full((len(rows),), position, jnp.int32),
     )
+
+
+def books_of(counts: jax.Array) -> Books:
+    """Of rows that may draw anything."""
+    num_rows, vocab_size = counts.shape
+    masks = jnp.full((num_rows, mask_words(vocab_size)), -1, jnp.int32)
+    return Books(counts > 0, counts, masks, jnp.zeros(counts.shape, jnp.float32))
 
 
 def kept(filtered: jax.Array) -> np.ndarray:
@@ -138,7 +147,7 @@ def test_frequency_and_presence_penalties() -> None:
 
 def draw(logits: np.ndarray, rows: SamplingRows) -> np.ndarray:
     nothing = jnp.zeros(logits.shape, jnp.int32)
-    drawn = jax.jit(sampling.sample)(jnp.asarray(logits), rows, nothing > 0, nothing)
+    drawn = jax.jit(sampling.sample)(jnp.asarray(logits), rows, books_of(nothing))
     return np.asarray(drawn.tokens)
 
 
@@ -205,7 +214,7 @@ def test_greedy_heeds_penalties() -> None:
     logits = logits_of(1, 320)
     counts = jnp.asarray(np.eye(320, dtype=np.int32)[[logits[0].argmax()]])
     rows = rows_of({"temperature": 0.0, "presence_penalty": 50.0})
-    drawn = sampling.sample(jnp.asarray(logits), rows, counts > 0, counts)
+    drawn = sampling.sample(jnp.asarray(logits), rows, books_of(counts))
     assert int(drawn.tokens[0]) == logits[0].argsort()[-2]
 
 
@@ -214,7 +223,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     wishes = {"temperature": 0.3, "top_k": 5}, {"temperature": 0.0}
     rows = rows_of(*[wish | {"num_alternatives": 20} for wish in wishes])
     nothing = jnp.zeros((2, 320), jnp.int32)
-    drawn = sampling.sample(jnp.asarray(logits), rows, nothing > 0, nothing)
+    drawn = sampling.sample(jnp.asarray(logits), rows, books_of(nothing))
     raw = torch.log_softmax(torch.from_numpy(logits), -1).numpy()
     wanted = np.take_along_axis(raw, np.asarray(drawn.tokens)[:, None], 1)[:, 0]
     np.testing.assert_allclose(np.asarray(drawn.logprobs), wanted, atol=1e-5)
@@ -233,10 +242,12 @@ def test_parts_of_a_batch_keep_their_places(num_rows: int) -> None:
     def choose(part: tuple[jax.Array, SamplingRows]) -> StepOutput:
         sizes.append(part[0].shape[0])
         nothing = jnp.zeros(part[0].shape, jnp.int32)
-        return StepOutput(*sampling.sample(*part, nothing > 0, nothing))
+        return StepOutput(*sampling.sample(*part, books_of(nothing)))
 
     for got, wanted in zip(
-        _in_parts(choose, (logits, rows), num_rows), jax.jit(choose)((logits, rows)), strict=True
+        in_parts(choose, (logits, rows), num_rows, 8)[:4],
+        jax.jit(choose)((logits, rows))[:4],
+        strict=True,
     ):
         np.testing.assert_allclose(np.asarray(got), np.asarray(wanted), atol=1e-6)
     assert max(sizes[:-1]) <= 8

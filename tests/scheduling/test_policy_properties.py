@@ -1,4 +1,5 @@
-"""Any order of arrivals, cancels, adapters ready or failed, and late results: nobody notices."""
+"""Any order of arrivals, cancels, adapters ready or failed, late results and late masks: nobody
+notices."""
 
 from __future__ import annotations
 
@@ -6,9 +7,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from jlorax.layout import BiasedTokens
 from jlorax.scheduling.policy import Policy
 from jlorax.scheduling.sequence import Sequence
-from tests.scheduling.world import EOS, GREEDY, SAMPLED, World, alone, config, shapes, version
+from tests.scheduling.world import (
+    EOS,
+    GREEDY,
+    SAMPLED,
+    FakeGrammar,
+    World,
+    alone,
+    config,
+    constrained,
+    shapes,
+    version,
+)
 
 PAGE_SIZE = 4
 
@@ -32,6 +45,7 @@ class Interleavings(RuleBasedStateMachine):
             )
         )
         self.everyone: list[Sequence] = []
+        self.right: dict[int, list[int]] = {}
 
     @rule(
         data=st.data(),
@@ -39,12 +53,28 @@ class Interleavings(RuleBasedStateMachine):
         sampled=st.booleans(),
         at_hand=st.booleans(),
         tenant=st.sampled_from("xyz"),
+        grammar=st.one_of(
+            st.none(), st.builds(FakeGrammar, st.integers(0, 2), st.integers(1, 20), st.booleans())
+        ),
+        bias=st.sampled_from([(), ((EOS, -200.0),), ((5, 30.0), (50, 40.0))]),
+        min_new_tokens=st.integers(0, 6),
+        wants=st.sampled_from(["", "", "logprobs", "embedding", "embedding alone"]),
     )
     def arrive(
-        self, data: st.DataObject, adapter: str | None, sampled: bool, at_hand: bool, tenant: str
+        self,
+        data: st.DataObject,
+        adapter: str | None,
+        sampled: bool,
+        at_hand: bool,
+        tenant: str,
+        grammar: FakeGrammar | None,
+        bias: BiasedTokens,
+        min_new_tokens: int,
+        wants: str,
     ) -> None:
-        num_prompt = data.draw(st.integers(1, self.max_tokens - 1))
-        num_new = data.draw(st.integers(1, self.max_tokens - num_prompt))
+        least = 0 if wants == "embedding alone" else 1
+        num_prompt = data.draw(st.integers(1, self.max_tokens - least))
+        num_new = data.draw(st.integers(1, self.max_tokens - num_prompt)) if least else 0
         seq = Sequence(
             prompt=tuple((7 * i + len(self.everyone)) % 90 for i in range(num_prompt)),
             sampling=SAMPLED if sampled else GREEDY,
@@ -53,8 +83,15 @@ class Interleavings(RuleBasedStateMachine):
             stop_token_ids=frozenset({EOS, 3, 50}),
             version=None if adapter is None else version(adapter),
             tenant=tenant,
+            logit_bias=bias,
+            min_new_tokens=min_new_tokens,
+            num_alternatives=2 if wants == "logprobs" else 0,
+            wants_prompt_logprobs=wants == "logprobs",
+            wants_embedding=wants.startswith("embedding"),
+            **({} if grammar is None else constrained(grammar)),
         )
         self.everyone.append(self.world.add(seq, at_hand=at_hand))
+        self.right[id(seq)] = alone(seq)
 
     @precondition(lambda self: self.everyone)
     @rule(data=st.data())
@@ -89,6 +126,11 @@ class Interleavings(RuleBasedStateMachine):
     def read(self) -> None:
         self.world.read()
 
+    @precondition(lambda self: self.world.in_grammars)
+    @rule(data=st.data())
+    def hear_grammar(self, data: st.DataObject) -> None:
+        self.world.hear_grammar(data.draw(st.integers(0, len(self.world.in_grammars) - 1)))
+
     @rule(seconds=st.sampled_from([0.1, 0.4, 1.0]))
     def wait(self, seconds: float) -> None:
         self.world.now_s += seconds
@@ -97,7 +139,7 @@ class Interleavings(RuleBasedStateMachine):
     def everyone_has_a_beginning_of_the_right_answer(self) -> None:
         for seq in getattr(self, "everyone", []):
             answer = self.world.answer(seq)
-            assert answer == alone(seq)[: len(answer)]
+            assert answer == self.right[id(seq)][: len(answer)]
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):
@@ -106,7 +148,8 @@ class Interleavings(RuleBasedStateMachine):
         self.world.check_empty()
         for seq in self.everyone:
             if not seq.is_cancelled:
-                assert self.world.answer(seq) == alone(seq)
+                assert self.world.answer(seq) == self.right[id(seq)]
+                self.world.check_scores(seq)
             assert seq.is_over
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from jlorax.layout import (
     LAST_TOKEN,
+    NO_TARGET,
     PADDING,
     QUERY_BLOCK,
     BankLayout,
@@ -17,7 +18,7 @@ from jlorax.layout import (
 )
 from jlorax.scheduling.step_plan import Chunk, PlanBuilder, StepPlan, smallest
 from jlorax.types import Projection, SamplingParams
-from tests.scheduling.world import sequence, shapes
+from tests.scheduling.world import VOCAB, sequence, shapes
 
 BASE_SLOT = 7
 NUM_ROWS = 3
@@ -25,7 +26,7 @@ NUM_ROWS = 3
 
 def builder() -> PlanBuilder:
     tables = np.array([[0, 0], [5, 6], [3, 0]], np.int32)
-    return PlanBuilder(tables, page_size=4, base_slot=BASE_SLOT)
+    return PlanBuilder(tables, page_size=4, base_slot=BASE_SLOT, vocab_size=VOCAB)
 
 
 def views(plan: StepPlan) -> dict[str, np.ndarray]:
@@ -134,7 +135,9 @@ def test_packed_chunks_lie_one_after_the_other() -> None:
         Chunk(base, 0, 1, BASE_SLOT, True),
     ]
     shape = packed_extend_shape(256, num_chunks=4)
-    plan = PlanBuilder(tables, page_size=4, base_slot=BASE_SLOT).extend(shape, chunks)
+    plan = PlanBuilder(tables, page_size=4, base_slot=BASE_SLOT, vocab_size=VOCAB).extend(
+        shape, chunks
+    )
     v = StepLayout(shape, 50).views(plan.packed)
     end = QUERY_BLOCK + 1
     assert v["tokens"][end - 1 : end + 4].tolist() == [3 + 7 + QUERY_BLOCK, 20, 21, 30, 0]
@@ -161,7 +164,7 @@ def test_packed_shapes_have_room_for_the_most_blocks() -> None:
         chunks.append(Chunk(seq, 0, 33 if slot else 256 - 7 * 33, slot, True))
     shape = packed_extend_shape(256, num_chunks=8)
     tables = np.zeros((3, 64), np.int32)
-    plan = PlanBuilder(tables, page_size=4, base_slot=8).extend(shape, chunks)
+    plan = PlanBuilder(tables, page_size=4, base_slot=8, vocab_size=VOCAB).extend(shape, chunks)
     v = StepLayout(shape, 64).views(plan.packed)
     assert len(blocks(v, *QUERIES)) == len(blocks(v, *LORA)) == 8
 
@@ -185,3 +188,41 @@ def test_reach_is_attention_only_when_nothing_else_is_targeted() -> None:
     layout = BankLayout(projections, "float32", 16)
     assert layout.reach(["q_proj", "dense"]) == LoraReach.ATTENTION
     assert layout.reach(["q_proj", "up_proj"]) == layout.reach(["lm_head"]) == LoraReach.ALL
+
+
+def test_rules_name_their_rows_and_nobodys_otherwise() -> None:
+    ruled = sequence((1,) * 5, logit_bias=((7, 1.0),), min_new_tokens=3)
+    free, biased = sequence((1, 2)), sequence((1, 2), logit_bias=((8, -1.0),))
+    ruled.row, free.row, biased.row = 1, 2, 0
+    chunks = [Chunk(s, len(s.prompt), 1, BASE_SLOT, True) for s in (ruled, free, biased)]
+    plan = builder().decode(StepShape(4, 1, 4), chunks)
+    v = views(plan)
+    assert v["mask_rows"].tolist() == [1, NUM_ROWS, NUM_ROWS, NUM_ROWS]
+    assert v["bias_rows"].tolist() == [1, NUM_ROWS, 0, NUM_ROWS]
+    assert [row for row, _ in plan.writes.masks] == [1]
+    assert plan.writes.biases == ((1, ((7, 1.0),)), (0, ((8, -1.0),)))
+
+
+def test_a_scoring_step_names_what_follows_each_token() -> None:
+    asked = {"wants_prompt_logprobs": True, "num_alternatives": 2}
+    long, end = sequence(tuple(range(10, 18)), **asked), sequence((20, 21), **asked)
+    embedded = sequence((30, 31), wants_embedding=True)
+    long.row, end.row, embedded.row = 1, 2, 0
+    chunks = [
+        Chunk(long, 2, 5, 1, False),
+        Chunk(end, 0, 2, 0, True),
+        Chunk(embedded, 0, 2, 3, True),
+    ]
+    plan = builder().extend(StepShape(16, 4, 4, scores=True), chunks)
+    v = views(plan)
+    none = NO_TARGET
+    assert v["score_targets"].tolist() == [
+        *(13, 14, 15, 16, 17, none, none, none),
+        *(21, none, none, none),
+        *[none] * 4,
+    ]
+    assert v["score_alternatives"].tolist() == [2] * 5 + [0] * 3 + [2, 2] + [0] * 6
+    assert v["score_chunks"].tolist() == [0] * 5 + [4] * 3 + [1, 1, 4, 4] + [2, 2, 4, 4]
+    b = BASE_SLOT
+    assert v["score_slots"].tolist() == [1] * 5 + [b] * 3 + [0, 0, b, b] + [3, 3, b, b]
+    assert plan.scored == tuple(zip(chunks, (0, 8, 12), strict=True))

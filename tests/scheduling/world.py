@@ -2,21 +2,34 @@
 
 The device knows nothing but the plan's arrays. It keeps what each page holds, as the real one does,
 and a token is a function of all tokens that its page table leads to and of the adapter in its slot:
-a wrong page, offset, position, slot or row gives a wrong token.
+a wrong page, offset, position, slot or row gives a wrong token. So does a wrong mask or bias: they
+are written into rows, and a step names the row of each output.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from jlorax.layout import LAST_TOKEN, PADDING, StepLayout, StepShape
+from jlorax.layout import (
+    LAST_TOKEN,
+    NO_TARGET,
+    OUTPUT_ROWS,
+    PADDING,
+    RowWrites,
+    StepLayout,
+    StepShape,
+    mask_without,
+    mask_words,
+)
 from jlorax.scheduling.policy import Emission, Policy, PolicyConfig
+from jlorax.scheduling.prompt_scores import PromptScores
 from jlorax.scheduling.sequence import Sequence
 from jlorax.scheduling.step_plan import StepPlan
-from jlorax.types import AdapterVersion, SamplingParams
+from jlorax.types import AdapterVersion, FinishReason, SamplingParams
 
 VOCAB = 97
 EOS = 96
@@ -27,11 +40,15 @@ SAMPLED = SamplingParams(temperature=1.0)
 
 
 def shapes(
-    *, decode: tuple[int, ...] = (1, 4), extend: tuple[int, ...] = (8, 16)
+    *,
+    decode: tuple[int, ...] = (1, 4),
+    extend: tuple[int, ...] = (8, 16),
+    scoring: tuple[int, ...] = (8,),
 ) -> tuple[StepShape, ...]:
     return (
         *(StepShape(n, 1, n) for n in decode),
         *(StepShape(n, TILE, n // TILE) for n in extend),
+        *(StepShape(n, TILE, n // TILE, scores=True) for n in scoring),
     )
 
 
@@ -43,6 +60,7 @@ def config(**changes: object) -> PolicyConfig:
         "page_size": 4,
         "max_pages_per_sequence": 8,
         "num_slots": 2,
+        "vocab_size": VOCAB,
         "max_overtake_s": 0.5,
     }
     return PolicyConfig(**{**values, **changes})  # type: ignore[arg-type]
@@ -57,8 +75,31 @@ def sequence(
     max_new_tokens: int = 4,
     adapter: AdapterVersion | None = None,
     sampling: SamplingParams = GREEDY,
+    **rules: Any,
 ) -> Sequence:
-    return Sequence(prompt, sampling, 0, max_new_tokens, frozenset({EOS}), adapter)
+    return Sequence(prompt, sampling, 0, max_new_tokens, frozenset({EOS}), adapter, **rules)
+
+
+@dataclass(frozen=True)
+class FakeGrammar:
+    """Allows a part of the vocabulary that depends on all that was answered; ends after ``length``
+    tokens, or is dead then."""
+
+    seed: int
+    length: int = 1000
+    is_deadly: bool = False
+
+    def allowed(self, answer: list[int]) -> list[int]:
+        shift = self.seed + sum(answer)
+        return [t for t in range(VOCAB) if (t * 7 + shift) % 3 == 0]
+
+    def mask(self, answer: list[int]) -> np.ndarray:
+        return ~mask_without(self.allowed(answer), VOCAB)
+
+
+def constrained(grammar: FakeGrammar) -> dict[str, Any]:
+    """How such a sequence is admitted."""
+    return {"matcher": grammar, "mask": grammar.mask([])}
 
 
 def next_token(tokens: list[int], adapter: AdapterVersion) -> int:
@@ -69,14 +110,61 @@ def next_token(tokens: list[int], adapter: AdapterVersion) -> int:
     return value % VOCAB
 
 
+def drawn(wanted: int, allowed: np.ndarray, bias: np.ndarray) -> int:
+    """The nearest behind ``wanted`` that is allowed; a bias brings a token nearer."""
+    distance = (np.arange(VOCAB) - wanted) % VOCAB - bias
+    return int(np.where(allowed, distance, np.inf).argmin())
+
+
 def alone(seq: Sequence) -> list[int]:
     """The answer that it gets when nobody else is there."""
-    tokens = list(seq.prompt)
-    while len(tokens) - len(seq.prompt) < seq.max_new_tokens:
-        tokens.append(next_token(tokens, seq.version or BASE))
-        if tokens[-1] in seq.stop_token_ids:
+    answer: list[int] = []
+    bias = np.zeros(VOCAB)
+    for token, value in seq.logit_bias:
+        bias[token] = value
+    while len(answer) < seq.max_new_tokens:
+        wanted = next_token([*seq.prompt, *answer], seq.version or BASE)
+        answer.append(drawn(wanted, _allowed(seq, answer), bias))
+        if answer[-1] in seq.stop_token_ids:
             break
-    return tokens[len(seq.prompt) :]
+        if seq.matcher is not None and len(answer) == seq.matcher.length:
+            break
+    return answer
+
+
+def _allowed(seq: Sequence, answer: list[int]) -> np.ndarray:
+    allowed = np.ones(VOCAB, bool)
+    if seq.matcher is not None:
+        allowed[:] = False
+        allowed[seq.matcher.allowed(answer)] = True
+    if len(answer) < seq.min_new_tokens:
+        stops = list(seq.stop_token_ids)
+        if not set(np.flatnonzero(allowed)) <= set(stops):
+            allowed[stops] = False
+    return allowed
+
+
+def token_scores(history: list[int], adapter: AdapterVersion, target: int) -> tuple[float, ...]:
+    """(log-probability of the target, best alternative, hidden state) of a history's last token."""
+    hidden = next_token(history, adapter)
+    return -hidden - target / 128, hidden, hidden
+
+
+def scores_alone(seq: Sequence) -> tuple[list[float], list[int], float]:
+    """(log-probabilities, best alternatives, mean hidden state) of its prompt."""
+    prompt, adapter = list(seq.prompt), seq.version or BASE
+    pairs = zip(range(1, len(prompt)), prompt[1:], strict=True)
+    found = [token_scores(prompt[:n], adapter, target) for n, target in pairs]
+    hidden = sum(next_token(prompt[:n], adapter) for n in range(1, len(prompt) + 1))
+    return [f[0] for f in found], [int(f[1]) for f in found], hidden / len(prompt)
+
+
+@dataclass(frozen=True)
+class Scores:
+    logprobs: np.ndarray
+    top_tokens: np.ndarray
+    top_logprobs: np.ndarray
+    hidden_sums: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -85,6 +173,7 @@ class Results:
     logprobs: np.ndarray
     top_tokens: np.ndarray | None = None
     top_logprobs: np.ndarray | None = None
+    scores: Scores | None = None
 
 
 class FakeDevice:
@@ -96,9 +185,13 @@ class FakeDevice:
         self.kv = np.full((c.num_pages, c.page_size), -9, np.int64)
         self.last_token = np.full(c.max_batch + 1, -9, np.int64)
         self.bank = {c.num_slots: BASE}
+        self.masks = np.full((c.max_batch + 1, mask_words(VOCAB)), -1, np.int32)
+        self.bias = np.zeros((c.max_batch + 1, VOCAB))
+        self.num_mask_writes = 0
 
     def launch(self, plan: StepPlan) -> Results:
         shape = plan.shape
+        self._write_rows(plan.writes)
         assert plan.num_tokens <= shape.num_tokens
         assert len(plan.outputs) <= shape.num_outputs
         views = StepLayout(shape, self.config.max_pages_per_sequence).views(plan.packed)
@@ -107,8 +200,50 @@ class FakeDevice:
             self._write(views, t)
         tokens = [self._draw(views, i, shape.tile) for i in range(len(plan.outputs))]
         for i in range(len(plan.outputs), shape.num_outputs):
-            assert views["out_rows"][i] == self.config.max_batch
-        return Results(np.array(tokens), np.zeros(len(tokens)))
+            for name in OUTPUT_ROWS:
+                assert views[name][i] == self.config.max_batch
+        scores = self._score(views, shape) if shape.scores else None
+        return Results(np.array(tokens), np.zeros(len(tokens)), scores=scores)
+
+    def _score(self, views: dict[str, np.ndarray], shape: StepShape) -> Scores:
+        num_tokens, num_chunks = shape.num_tokens, shape.num_outputs
+        scores = Scores(
+            np.full(num_tokens, 9.0),
+            np.full((num_tokens, 20), -9),
+            np.zeros((num_tokens, 20)),
+            np.zeros((num_chunks, 1)),
+        )
+        for t, chunk in enumerate(views["score_chunks"]):
+            assert (chunk == num_chunks) == (views["positions"][t] == PADDING)
+            if chunk == num_chunks:
+                assert views["score_targets"][t] == NO_TARGET
+                continue
+            assert views["score_slots"][t] == views["slots"][t // shape.tile]
+            history, target = self._history(views, t, shape.tile), int(views["score_targets"][t])
+            adapter = self.bank[int(views["score_slots"][t])]
+            logprob, best, hidden = token_scores(history, adapter, target)
+            if target != NO_TARGET:
+                scores.logprobs[t] = logprob
+                scores.top_tokens[t, : views["score_alternatives"][t]] = best
+            scores.hidden_sums[chunk] += hidden
+        return scores
+
+    def _history(self, views: dict[str, np.ndarray], t: int, tile: int) -> list[int]:
+        """All tokens up to the step's t-th, as its page table leads to them."""
+        position, table = views["positions"][t], views["page_table"][t // tile]
+        size = self.config.page_size
+        return [int(self.kv[table[p // size], p % size]) for p in range(position + 1)]
+
+    def _write_rows(self, writes: RowWrites) -> None:
+        for row, words in writes.masks:
+            assert row < self.config.max_batch
+            self.masks[row] = words
+            self.num_mask_writes += 1
+        for row, tokens in writes.biases:
+            assert row < self.config.max_batch
+            self.bias[row] = 0
+            for token, value in tokens:
+                self.bias[row, token] = value
 
     def _write(self, views: dict[str, np.ndarray], t: int) -> None:
         row, position = views["token_rows"][t], views["positions"][t]
@@ -125,12 +260,12 @@ class FakeDevice:
 
     def _draw(self, views: dict[str, np.ndarray], i: int, tile: int) -> int:
         t = views["out_index"][i]
-        position, table = views["positions"][t], views["page_table"][t // tile]
         assert views["out_slots"][i] == views["slots"][t // tile]
         assert views["out_rows"][i] == views["token_rows"][t]
-        size = self.config.page_size
-        history = [int(self.kv[table[p // size], p % size]) for p in range(position + 1)]
-        token = next_token(history, self.bank[int(views["out_slots"][i])])
+        wanted = next_token(self._history(views, t, tile), self.bank[int(views["out_slots"][i])])
+        words = self.masks[views["mask_rows"][i]]
+        allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[:VOCAB].astype(bool)
+        token = drawn(wanted, allowed, self.bias[views["bias_rows"][i]])
         self.last_token[views["out_rows"][i]] = token
         return token
 
@@ -152,8 +287,10 @@ class World:
     device: FakeDevice = field(init=False)
     in_flight: deque[tuple[StepPlan, Results]] = field(default_factory=deque)
     asked: list[AdapterVersion] = field(default_factory=list)  # acquired, not answered
+    in_grammars: list[Sequence] = field(default_factory=list)  # whose grammar has its last token
     slots: dict[AdapterVersion, int] = field(default_factory=dict)  # pinned
     answers: dict[int, list[int]] = field(default_factory=dict)
+    scores: dict[int, PromptScores] = field(default_factory=dict)
     over: list[Sequence] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
 
@@ -214,13 +351,33 @@ class World:
         plan, results = self.in_flight.popleft()
         emissions = self.policy.complete(plan, results)
         for emission in emissions:
-            self.answers[id(emission.sequence)].append(emission.token)
+            if emission.scores is not None:
+                assert id(emission.sequence) not in self.scores
+                self.scores[id(emission.sequence)] = emission.scores
+            if emission.token is not None:
+                self.answers[id(emission.sequence)].append(emission.token)
+            if emission.sequence.matcher is not None and emission.finish_reason is None:
+                self.in_grammars.append(emission.sequence)
         self.settle()
         return emissions
+
+    def hear_grammar(self, i: int = 0) -> None:
+        """What may follow, or that nothing may."""
+        seq = self.in_grammars.pop(i)
+        grammar, answer = seq.matcher, self.answer(seq)
+        if len(answer) < grammar.length:
+            seq.mask = grammar.mask(answer)
+        elif grammar.is_deadly:
+            seq.is_cancelled = True
+        else:
+            seq.finish_reason = FinishReason.EOS_TOKEN
+        self.settle()
 
     def run(self, max_steps: int = 10_000) -> None:
         """Until nobody is left; every acquire is granted as soon as a slot is free."""
         for _ in range(max_steps):
+            while self.in_grammars:
+                self.hear_grammar()
             while self.grant():
                 pass
             while self.launch() is not None:
@@ -243,6 +400,18 @@ class World:
         assert policy.pool.num_free == policy.pool.num_usable
         assert not self.slots
         assert not self.asked
+
+    def check_scores(self, seq: Sequence) -> None:
+        """It got what it asked for, and nothing else."""
+        if seq.scores is None:
+            assert id(seq) not in self.scores
+            return
+        got, (logprobs, best, hidden) = self.scores[id(seq)], scores_alone(seq)
+        if seq.wants_prompt_logprobs:
+            np.testing.assert_allclose(got.logprobs, logprobs, rtol=1e-6)
+            for column in got.top_tokens.T:
+                assert column.tolist() == best
+        np.testing.assert_allclose(got.mean_hidden, [hidden], rtol=1e-5)
 
     def answer(self, seq: Sequence) -> list[int]:
         return self.answers[id(seq)]
