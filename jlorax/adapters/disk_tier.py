@@ -23,6 +23,7 @@ from jlorax.errors import ConfigError
 
 SUFFIX = ".lora"
 TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".jlorax-", ".tmp"
+_STALE_SOURCES = 1024  # whose files are gone, before the index is cleaned of them
 INDEX_FILE = "index.jsonl"
 MAX_INDEX_BYTES = 256 * 2**20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -111,6 +112,10 @@ class DiskTier:
         if self._index.get(source) == digest:
             return
         self._index[source] = digest
+        if len(self._index) > 2 * len(self._sizes) + _STALE_SOURCES:
+            self._index = {s: d for s, d in self._index.items() if d in self._sizes}
+            self._rewrite_index(self.folder / INDEX_FILE)
+            return
         with (self.folder / INDEX_FILE).open("ab", buffering=0) as file:
             file.write(_line(source, digest))
 

@@ -1,4 +1,4 @@
-"""Reads, checks and packs adapters, in this process or in one of its own.
+"""Reads, checks, merges and packs adapters, in this process or in one of its own.
 
 A load is a thousand short numpy calls, and each takes the interpreter lock. Beside a busy engine
 every one of them waits for the event loop or makes it wait: 8 threads loaded 17 adapters of 33 MB a
@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jlorax.adapters.pack import PackedAdapter, assemble, buffer_of, pack
-from jlorax.adapters.sources import LocalFiles, read_files
+from jlorax.adapters.sources import FilesHere, read
 from jlorax.errors import JLoraxError, Unavailable
 from jlorax.layout import BankLayout, Scratch
 
@@ -39,7 +39,7 @@ _END_DEADLINE_S = 5.0
 class AnyPacker(Protocol):
     """One adapter at a time; used by one thread at a time."""
 
-    def pack(self, files: LocalFiles, adapter_id: str) -> PackedAdapter:
+    def pack(self, files: FilesHere, adapter_id: str) -> PackedAdapter:
         """In the packer's own memory: the caller's to read until its next call.
 
         Raises AdapterInvalid, AdapterChanged; Unavailable when the packer itself ended.
@@ -63,8 +63,8 @@ class Packer:
         self._scratch, self._pages = Scratch(), Scratch()
         self._blank = blank or self._zeros
 
-    def pack(self, files: LocalFiles, adapter_id: str) -> PackedAdapter:
-        adapter = read_files(files, adapter_id, self._layout, self._room)
+    def pack(self, files: FilesHere, adapter_id: str) -> PackedAdapter:
+        adapter = read(files, adapter_id, self._layout, self._room)
         return pack(adapter, self._layout, self._blank)
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class Packer:
 
 @dataclass(frozen=True)
 class Pack:
-    files: LocalFiles
+    files: FilesHere
     adapter_id: str
 
 
@@ -114,7 +114,7 @@ class PackerProcess:
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def pack(self, files: LocalFiles, adapter_id: str) -> PackedAdapter:
+    def pack(self, files: FilesHere, adapter_id: str) -> PackedAdapter:
         packed: Packed = self._ask(Pack(files, adapter_id))
         view = self._memory.view(packed.num_bytes)
         buffer = buffer_of(view, packed.ranks, self._layout)

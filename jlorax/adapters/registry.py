@@ -14,26 +14,28 @@ import os
 import time
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jlorax.adapters.derived import DerivedVersions
 from jlorax.adapters.files import CONFIG_FILE, identify, is_unchanged, is_within
+from jlorax.adapters.merge import merged_config
 from jlorax.adapters.peft import read_config
 from jlorax.adapters.peft_config import MAX_RANK, AdapterConfig, parse_config
 from jlorax.adapters.remote import Described
-from jlorax.adapters.sources import LocalFiles, Origin, RemoteFiles
+from jlorax.adapters.sources import LocalFiles, MergedFiles, Origin, OriginalFiles, RemoteFiles
 from jlorax.errors import (
     AdapterConflict,
     AdapterInvalid,
     AdapterNotFound,
     InvalidAdapterId,
 )
-from jlorax.types import AdapterVersion
+from jlorax.types import AdapterMerge, AdapterVersion
 
 BASE_MODEL_ID = "__base_model__"
 DEFAULT_TENANT = "default"
-REGISTERED, LOCAL = "registered", "local"
+REGISTERED, LOCAL, MERGED = "registered", "local", "merged"
 MAX_ID_CHARS = 255
 MAX_SUPERSEDED = 4096  # versions that are remembered after a newer one took their name
 MAX_SCAN_DEPTH = 3  # "org/name/revision"
@@ -44,7 +46,7 @@ class AdapterRecord:
     """One version: where its files are and what its config says. Counts are the registry's."""
 
     version: AdapterVersion
-    source: str  # REGISTERED, LOCAL, or a remote's name
+    source: str  # REGISTERED, LOCAL, MERGED, or a remote's name
     origin: Origin
     config: AdapterConfig
     num_requests: int = 0
@@ -84,6 +86,7 @@ class Registry:
     base_model_id: str | None = None
     max_rank: int = MAX_RANK
     clock: Callable[[], float] = time.time
+    derived: DerivedVersions = field(default_factory=DerivedVersions)
     _registered: dict[tuple[str, str], Path] = field(default_factory=dict)
     _current: dict[_Name, AdapterRecord] = field(default_factory=dict)
     _superseded: OrderedDict[AdapterVersion, AdapterRecord] = field(default_factory=OrderedDict)
@@ -174,6 +177,23 @@ class Registry:
         config = parse_config(described.config, adapter_id, self.max_rank)
         return self._enter(name, origin, config)
 
+    def derive(self, merge: AdapterMerge, parts: Sequence[AdapterVersion]) -> AdapterRecord:
+        """The record of what ``merge`` makes of these versions, which ``resolve`` gave.
+
+        One and the same for equal contents; another's part makes it that tenant's. AdapterInvalid
+        when the parts' configs allow no such merge.
+        """
+        records = [self.record(part) for part in parts]
+        origin = MergedFiles(merge, tuple(_original(record) for record in records))
+        owners = [part.tenant for part in parts if part.tenant != DEFAULT_TENANT]
+        version = AdapterVersion(owners[0] if owners else DEFAULT_TENANT, origin.key, 1)
+        record = self.derived.get(version)
+        if record is None:
+            config = merged_config(merge, [record.config for record in records], self.max_rank)
+            record = AdapterRecord(version, MERGED, origin, config)
+        self.derived.resolved(record, parts)
+        return record
+
     def remote(self, remote: str, adapter_id: str) -> AdapterRecord | None:
         """What ``learn`` gave last."""
         return self._current.get(_Name(DEFAULT_TENANT, adapter_id, remote))
@@ -193,14 +213,14 @@ class Registry:
 
     def record(self, version: AdapterVersion) -> AdapterRecord:
         """Of any version that resolve gave, also when its name means another one by now."""
-        record = self._by_version.get(version)
+        record = self.known(version)
         if record is None:
             raise AdapterNotFound(version.adapter_id)
         return record
 
     def known(self, version: AdapterVersion) -> AdapterRecord | None:
         """``record``, or None."""
-        return self._by_version.get(version)
+        return self._by_version.get(version) or self.derived.get(version)
 
     def known_version(self, adapter_id: str) -> AdapterVersion | None:
         """Of a name that was not registered and that somebody asked for before."""
@@ -216,6 +236,8 @@ class Registry:
 
     def is_current(self, version: AdapterVersion) -> bool:
         """Whether new requests may still get it."""
+        if parts := self.derived.parts(version):
+            return all(map(self.is_current, parts))
         return version in self._by_version and version not in self._superseded
 
     def folder_under_root(self, path: str) -> Path:
@@ -369,6 +391,11 @@ class Registry:
             folder = self._local_folder(adapter_id)
             if is_valid_id(adapter_id) and not self._is_reserved(adapter_id) and folder:
                 yield adapter_id, folder
+
+
+def _original(record: AdapterRecord) -> OriginalFiles:
+    assert not isinstance(record.origin, MergedFiles)  # no name leads to one
+    return record.origin
 
 
 def check_id(adapter_id: str) -> None:

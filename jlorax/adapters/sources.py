@@ -1,10 +1,11 @@
-"""Where an adapter's two files are, and how they are read: a folder here, or a named remote."""
+"""Where an adapter's two files are, and how they are read: a folder here, a named remote, or those
+of several adapters that are read as one."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from jlorax.adapters.files import (
     identify,
     read_file,
 )
+from jlorax.adapters.merge import merge_adapters, merge_name
 from jlorax.adapters.peft import Adapter, max_weights_bytes, parse_adapter
 from jlorax.adapters.peft_config import parse_config
 from jlorax.adapters.remote import Described, RemoteSource
 from jlorax.errors import AdapterChanged, AdapterNotFound
 from jlorax.layout import BankLayout
+from jlorax.types import AdapterMerge
 
 Memory = Callable[[int], memoryview]
 
@@ -52,7 +55,31 @@ class RemoteFiles:
         return f"{self.remote}:{self.name}@{self.described.identity}"
 
 
-Origin = LocalFiles | RemoteFiles
+OriginalFiles = LocalFiles | RemoteFiles
+
+
+@dataclass(frozen=True, slots=True)
+class MergedFiles:
+    """``parts``: in the merge's order."""
+
+    merge: AdapterMerge
+    parts: tuple[OriginalFiles, ...]
+
+    @property
+    def key(self) -> str:
+        return merge_name(self.merge, [part.key for part in self.parts])
+
+
+@dataclass(frozen=True, slots=True)
+class LocalMerge:
+    """The same, when all of them are on this machine."""
+
+    merge: AdapterMerge
+    parts: tuple[LocalFiles, ...]
+
+
+Origin = OriginalFiles | MergedFiles
+FilesHere = LocalFiles | LocalMerge
 
 
 @dataclass(frozen=True)
@@ -76,8 +103,22 @@ class Sources:
         raise not_found
 
     @contextmanager
-    def files(self, origin: Origin, adapter_id: str, layout: BankLayout) -> Iterator[LocalFiles]:
+    def files(self, origin: Origin, adapter_id: str, layout: BankLayout) -> Iterator[FilesHere]:
         """The adapter's files on this machine, fetched if they are not here; then for so long."""
+        with ExitStack() as stack:
+            if not isinstance(origin, MergedFiles):
+                yield stack.enter_context(self._files(origin, adapter_id, layout))
+                return
+            parts = [
+                stack.enter_context(self._files(part, name, layout))
+                for part, name in zip(origin.parts, origin.merge.adapter_ids, strict=True)
+            ]
+            yield LocalMerge(origin.merge, tuple(parts))
+
+    @contextmanager
+    def _files(
+        self, origin: OriginalFiles, adapter_id: str, layout: BankLayout
+    ) -> Iterator[LocalFiles]:
         if isinstance(origin, LocalFiles):
             yield origin
             return
@@ -91,7 +132,24 @@ class Sources:
             yield LocalFiles(folder, None, identify(folder, adapter_id))
 
 
-def read_files(origin: LocalFiles, adapter_id: str, layout: BankLayout, memory: Memory) -> Adapter:
+def read(files: FilesHere, adapter_id: str, layout: BankLayout, memory: Memory) -> Adapter:
+    """``read_files`` of one adapter, or of a merge's parts, which need memory of their own."""
+    if isinstance(files, LocalFiles):
+        return read_files(files, adapter_id, layout, memory)
+    parts = [
+        read_files(part, name, layout)
+        for part, name in zip(files.parts, files.merge.adapter_ids, strict=True)
+    ]
+    return merge_adapters(parts, files.merge, layout.max_rank)
+
+
+def _own_memory(num_bytes: int) -> memoryview:
+    return memoryview(bytearray(num_bytes))
+
+
+def read_files(
+    origin: LocalFiles, adapter_id: str, layout: BankLayout, memory: Memory = _own_memory
+) -> Adapter:
     """The adapter of the very content that ``origin`` names; the tensors lie in ``memory``'s room.
 
     Other content by now, or while it is read: AdapterChanged; the next request resolves to a new

@@ -182,6 +182,16 @@ def test_the_index_does_not_grow_for_ever(tmp_path: Path) -> None:
     assert len((tmp_path / "index.jsonl").read_text().splitlines()) == 2
 
 
+def test_the_index_forgets_sources_whose_files_went(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 250)
+    for i in range(1500):
+        put(tier, i % 250, source=f"merge {i}")
+    index = tmp_path / "index.jsonl"
+    assert len(tier) == 2 and len(index.read_bytes().splitlines()) < 1100
+    again = DiskTier(tmp_path, 250)
+    assert again.find("merge 1499") is not None and again.find("merge 0") is None
+
+
 def test_a_disk_that_will_not_is_a_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = DiskTier(tmp_path, 1000)
 
