@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from jlorax.errors import InvalidRequest, ModelInvalid
+from jlorax.errors import InvalidParameter, InvalidRequest, ModelInvalid
 from jlorax.hugging_face import import_transformers
 
 Messages = Sequence[Mapping[str, Any]]
@@ -55,7 +56,11 @@ class Tokenizer:
         self.eos_token_ids: tuple[int, ...] = tuple(sorted({*eos_token_ids, *own_eos}))
         self.bos_token_id: int | None = hf_tokenizer.bos_token_id
         self.vocab_size: int = len(hf_tokenizer)
-        self.chat_template: str | None = hf_tokenizer.chat_template
+        self.chat_template: str | dict[str, str] | None = hf_tokenizer.chat_template
+        self._reserved = frozenset(  # what no variable of a template may be named
+            {*signature(hf_tokenizer.apply_chat_template).parameters, "messages"}
+            | hf_tokenizer.special_tokens_map.keys()
+        )
         self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor_text = self.decode(self._anchor)
         self._alone: dict[int, str] = {}  # what decode([id]) gave
@@ -92,19 +97,36 @@ class Tokenizer:
         messages: Messages,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        *,
+        continue_final_message: bool = False,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The ids of the chat template's text, in which only the template writes special tokens.
 
         "<|im_end|>" inside a message stays plain text: a user cannot speak in another's role.
-        Every other chat gets exactly what transformers' apply_chat_template gives.
+        Every other chat gets exactly what transformers' apply_chat_template gives. ``variables``
+        are the template's own; one that it does not read is refused, as are ``documents``.
         """
-        rendered = self._render(messages, tools, add_generation_prompt)
-        if not self._disguise.needed(messages, tools):
+        self._check_read(documents, variables or {})
+        users: dict[str, Any] = {
+            "conversation": list(messages),
+            "tools": None if tools is None else list(tools),
+            "documents": None if documents is None else list(documents),
+            **(variables or {}),
+        }
+        ours = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        rendered = self._render(users, ours)
+        texts = list(users.values())
+        if not self._disguise.needed(texts):
             return self.encode(rendered, add_special_tokens=False)
         disguise = self._disguise.unlike(rendered)
-        hidden = self._render(disguise.hide(messages), disguise.hide(tools), add_generation_prompt)
+        hidden = self._render({name: disguise.hide(text) for name, text in users.items()}, ours)
         if disguise.counts(hidden) == disguise.counts(rendered) and not disguise.spells_special(
-            messages, tools
+            texts
         ):
             return self.encode(rendered, add_special_tokens=False)
         ids: list[int] = []
@@ -120,7 +142,31 @@ class Tokenizer:
         add_generation_prompt: bool = True,
     ) -> str:
         """The chat template's text; encode messages with ``encode_chat``, never by way of this."""
-        return self._render(messages, tools, add_generation_prompt)
+        users = {
+            "conversation": list(messages),
+            "tools": None if tools is None else list(tools),
+        }
+        return self._render(users, {"add_generation_prompt": add_generation_prompt})
+
+    def chat_reads(self, name: str) -> bool:
+        """Whether the chat template, or one of several, speaks of a variable of this name."""
+        template = self.chat_template or ""
+        texts = [template] if isinstance(template, str) else template.values()
+        return name.isidentifier() and any(re.search(rf"\b{name}\b", text) for text in texts)
+
+    def _check_read(
+        self, documents: Sequence[Mapping[str, Any]] | None, variables: Mapping[str, Any]
+    ) -> None:
+        if self.chat_template is None:
+            return
+        if documents is not None and not self.chat_reads("documents"):
+            raise InvalidParameter("documents", "are not read by this model's chat template")
+        for name in variables:
+            if name in self._reserved or not self.chat_reads(name):
+                raise InvalidParameter(
+                    "chat_template_kwargs",
+                    f"has {name[:64]!r}, which this model's chat template does not take",
+                )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -160,21 +206,12 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):
             raise InvalidRequest("the text holds half a character (a lone surrogate)") from None
 
-    def _render(
-        self,
-        messages: Messages,
-        tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-    ) -> str:
+    def _render(self, users: Mapping[str, Any], ours: Mapping[str, bool]) -> str:
+        """``users`` holds what users wrote, ``ours`` how the template is to be used."""
         if self.chat_template is None:
             raise InvalidRequest("this model has no chat template: send a prompt instead")
         try:
-            rendered: str = self._hf.apply_chat_template(
-                list(messages),
-                tools=None if tools is None else list(tools),
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
+            rendered: str = self._hf.apply_chat_template(**users, **ours, tokenize=False)
         except Exception as error:  # the template speaks through jinja's and Python's own errors
             raise InvalidRequest(f"the chat template refuses these messages: {error}") from error
         return rendered

@@ -12,7 +12,7 @@ from aiohttp import hdrs, web
 
 from jlorax.config import ApiKey, Scope
 from jlorax.errors import Forbidden, Unauthorized
-from servers import adapters, native, openai
+from servers import adapters, embeddings, models, native, openai, openapi, responses, tokens
 from servers.keys import digest_of
 from servers.serving import CONFIG, TENANT
 
@@ -31,13 +31,23 @@ NEEDS: Mapping[Handler, frozenset[Scope] | None] = {
     native.compat_generate: _INFER,
     native.generate: _INFER,
     native.generate_stream: _INFER,
-    native.tokenize: _INFER,
+    tokens.tokenize: _INFER,
+    tokens.detokenize: _INFER,
+    native.embed: _INFER,
+    native.classify: _INFER,
+    native.classify_batch: _INFER,
     native.info: _INFER,
     native.health: None,
+    native.startup: _ANY,
     native.metrics: _ANY,  # they name no tenant and no adapter
     openai.completions: _INFER,
     openai.chat_completions: _INFER,
-    openai.models: _INFER,
+    responses.responses: _INFER,
+    embeddings.embeddings: _INFER,
+    models.models: _INFER,
+    models.model: _INFER,
+    openapi.show_document: _ANY,
+    openapi.show_page: None,  # it says nothing of its own
     adapters.adapters: _INFER,
     adapters.load_adapter: _ADMIN,
     adapters.prefetch_adapter: _ADMIN,

@@ -12,6 +12,7 @@ from ipaddress import ip_address
 
 from aiohttp import hdrs, web
 
+from jlorax.config import CorsConfig
 from jlorax.errors import JLoraxError
 from servers.serving import CONFIG
 
@@ -30,8 +31,9 @@ async def refuse_foreign(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
     # A server that listens elsewhere cannot know its own names: there Host is not checked.
-    if is_loopback(request.app[CONFIG].host):
-        _check(request)
+    config = request.app[CONFIG]
+    if is_loopback(config.host):
+        _check(request, config.cors)
     return await handler(request)
 
 
@@ -45,8 +47,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _check(request: web.Request) -> None:
-    """No Host at all passes: HTTP/1.0 tools may leave it out, browsers never do."""
+def _check(request: web.Request, cors: CorsConfig) -> None:
+    """No Host at all passes: HTTP/1.0 tools may leave it out, browsers never do. Pages that the
+    owner named pass too."""
     for host in request.headers.getall(hdrs.HOST, ()):
         if not _names_loopback(host):
             raise ForeignHost(
@@ -55,7 +58,8 @@ def _check(request: web.Request) -> None:
             )
     for origin in request.headers.getall(hdrs.ORIGIN, ()):
         match = _ORIGIN.fullmatch(origin)
-        if match is None or not _names_loopback(match[1]):
+        is_ours = match is not None and _names_loopback(match[1])
+        if not is_ours and not cors.allows(origin):
             raise ForeignHost(
                 f"pages of the origin {origin[:64]!r} may not use this server, which listens on "
                 "this machine only"

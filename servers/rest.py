@@ -11,8 +11,9 @@ from aiohttp import web
 
 from jlorax.config import ServerConfig
 from jlorax.errors import ConfigError
-from servers import adapters, native, openai
+from servers import adapters, embeddings, models, native, openai, openapi, responses, tokens
 from servers.auth import authorize
+from servers.cors import add_cors_headers, answer_preflights
 from servers.failures import answer_errors
 from servers.hosts import refuse_foreign
 from servers.serving import CONFIG, ENGINE, SSE_COMMENT, SSE_COMMENT_S, ServedEngine
@@ -30,15 +31,15 @@ def create_app(
 ) -> web.Application:
     """The routes over an engine that somebody else opens and closes."""
     app = web.Application(
-        middlewares=[answer_errors, authorize, refuse_foreign],
+        middlewares=[answer_errors, answer_preflights, authorize, refuse_foreign],
         client_max_size=config.max_body_bytes,
     )
     app[ENGINE] = engine
     app[CONFIG] = config
     app[SSE_COMMENT] = sse_comment_s
-    app.add_routes(native.routes())
-    app.add_routes(openai.routes())
-    app.add_routes(adapters.routes())
+    app.on_response_prepare.append(add_cors_headers)
+    for family in (native, tokens, openai, responses, embeddings, models, adapters, openapi):
+        app.add_routes(family.routes())
     return app
 
 

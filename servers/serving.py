@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -12,9 +13,12 @@ from urllib.parse import quote
 from aiohttp import web
 
 from jlorax.config import ServerConfig
-from jlorax.errors import JLoraxError, RequestCancelled
+from jlorax.errors import InvalidParameter, JLoraxError, RequestCancelled
 from jlorax.types import (
     AdapterInfo,
+    ConstraintKind,
+    EmbedRequest,
+    EmbedResult,
     EngineStats,
     GenerateRequest,
     GenerateResult,
@@ -23,23 +27,28 @@ from jlorax.types import (
 )
 from jlorax.wire.call import Call, Limits
 from jlorax.wire.strict_json import dumps, parse_object
+from servers.chat import ChatTokenizer, chat_ids, chat_size
+
+log = logging.getLogger("jlorax.http")
 
 LONG_BODY_BYTES = 65536  # above this, parsing leaves the event loop
 LONG_TEXT_CHARS = 4096  # above this, tokenizing does
 BODY_DEADLINE_S = 30.0
 SSE_COMMENT_S = 15.0  # silence after which a stream gets a comment, so that proxies keep it
 
+_CONSTRAINT_KINDS = frozenset(kind.value for kind in ConstraintKind)
+
 T = TypeVar("T")
 
 
-class ServedTokenizer(Protocol):
+class ServedTokenizer(ChatTokenizer, Protocol):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]: ...
     def tokenize_with_offsets(
         self, text: str, add_special_tokens: bool = True
     ) -> Sequence[tuple[int, str, int, int]]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_text(self, token_id: int) -> str: ...
+    def is_special(self, token_id: int) -> bool: ...
 
 
 class ServedEngine(Protocol):
@@ -50,6 +59,7 @@ class ServedEngine(Protocol):
     @property
     def tokenizer(self) -> ServedTokenizer: ...
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]: ...
+    async def embed(self, request: EmbedRequest) -> EmbedResult: ...
     async def load_adapter(
         self, adapter_id: str, folder: str, tenant: str = "default", replace: bool = False
     ) -> AdapterInfo: ...
@@ -111,8 +121,14 @@ def tenant_of(request: web.Request) -> str:
 
 
 def limits_of(app: web.Application) -> Limits:
-    info = app[ENGINE].model_info
-    return Limits(info.model_id, info.vocab_size, app[CONFIG].max_batch_prompts)
+    info, config = app[ENGINE].model_info, app[CONFIG]
+    return Limits(
+        info.model_id,
+        info.vocab_size,
+        config.max_batch_prompts,
+        config.max_best_of,
+        max_input_tokens=info.max_seq_len - 1,
+    )
 
 
 def json_response(
@@ -139,9 +155,26 @@ async def read_generation(
     request: web.Request, parse: Callable[[dict[str, Any], Limits], Call]
 ) -> Call:
     """A body that asks for answers, as its tenant's call."""
-    limits, tenant = limits_of(request.app), tenant_of(request)
+    limits = limits_of(request.app)
     call = await read_call(request, lambda body: parse(body, limits))
+    check_unknown(request.app, call.unknown_fields)
+    return as_tenant(request, call)
+
+
+def as_tenant(request: web.Request, call: Call) -> Call:
+    tenant = tenant_of(request)
     return replace(call, requests=tuple(replace(r, tenant=tenant) for r in call.requests))
+
+
+def check_unknown(app: web.Application, names: Sequence[str]) -> None:
+    """Fields that nobody reads are ignored, as clients of newer APIs need it, unless the server is
+    strict."""
+    if not names:
+        return
+    shown = ", ".join(repr(name[:64]) for name in names[:8])
+    if app[CONFIG].strict_fields:
+        raise InvalidParameter(names[0][:64], f"is read by nobody here. Unknown fields: {shown}")
+    log.debug("%d unknown fields are ignored: %s", len(names), shown)
 
 
 async def _read_body(request: web.Request) -> bytes:
@@ -170,18 +203,15 @@ async def tokenized(engine: ServedEngine, call: Call) -> Call:
     """
     tokenizer = engine.tokenizer
     if call.messages is not None:
-        messages = [message.to_template() for message in call.messages]
-        num_chars = sum(len(message.content) for message in call.messages)
-        ids = await off_loop(num_chars, lambda: tokenizer.encode_chat(messages))
-        return call.with_prompts([tuple(ids)])
+        ids = await off_loop(chat_size(call), lambda: chat_ids(tokenizer, call))
+        return call.with_prompts([ids])
     if call.show.continuous_usage:
-        step = len(call.requests) // call.num_prompts
-        prompts = [await _encoded(tokenizer, request) for request in call.requests[::step]]
+        prompts = [await encoded(tokenizer, request) for request in call.prompts]
         return call.with_prompts(prompts)
     return call
 
 
-async def _encoded(tokenizer: ServedTokenizer, request: GenerateRequest) -> tuple[int, ...]:
+async def encoded(tokenizer: ServedTokenizer, request: GenerateRequest) -> tuple[int, ...]:
     prompt = request.prompt
     if isinstance(prompt, tuple):
         return prompt
@@ -202,7 +232,7 @@ def prompt_text(engine: ServedEngine, request: GenerateRequest) -> str:
 
 async def answers(engine: ServedEngine, call: Call, notes: RequestNotes) -> list[GenerateResult]:
     """Every choice's whole answer, generated together; one failure cancels the others."""
-    notes.adapter_id = call.requests[0].adapter_id
+    notes.adapter_id = adapter_name(call.requests[0])
     results: dict[int, GenerateResult] = {}
     async with aclosing(events_of(engine, call)) as events:
         async for choice, event in events:
@@ -215,7 +245,24 @@ async def answers(engine: ServedEngine, call: Call, notes: RequestNotes) -> list
 def events_of(engine: ServedEngine, call: Call) -> AsyncGenerator[tuple[int, TokenEvent], None]:
     """(choice, event) as they come, over all choices. Closing it cancels what still runs."""
     streams = [engine.generate(request) for request in call.requests]
+    if call.constraint_field is not None:
+        streams = [_naming(call.constraint_field, stream) for stream in streams]
     return _numbered(0, streams[0]) if len(streams) == 1 else _merged(streams)
+
+
+async def _naming(
+    constraint_field: str, stream: AsyncIterator[TokenEvent]
+) -> AsyncIterator[TokenEvent]:
+    """A refused constraint is known to the engine by its kind: its user knows the field."""
+    try:
+        async with aclosing(stream) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
+    except InvalidParameter as error:
+        if error.name not in _CONSTRAINT_KINDS:
+            raise
+        reason = str(error).removeprefix(f"`{error.name}` ")
+        raise InvalidParameter(constraint_field, reason) from None
 
 
 async def _numbered(
@@ -281,19 +328,22 @@ def common_headers(engine: ServedEngine, call: Call) -> dict[str, str]:
     """The headers that streams have too."""
     first = call.requests[0]
     characters = sum(
-        len(request.prompt)
-        for request in call.requests[:: len(call.requests) // call.num_prompts]
-        if isinstance(request.prompt, str)
+        len(request.prompt) for request in call.prompts if isinstance(request.prompt, str)
     ) + sum(len(message.content) for message in call.messages or ())
     headers = {
         "x-compute-type": f"{header_text(engine.model_info.device)}+optimized",
         "x-compute-characters": str(characters),
         "x-model-id": header_text(engine.model_info.model_id),
     }
-    if first.adapter_id is not None:
-        headers["x-adapter-id"] = first.adapter_id
+    if (name := adapter_name(first)) is not None:
+        headers["x-adapter-id"] = name
         headers["x-adapter-source"] = first.adapter_source or "local"
     return headers
+
+
+def adapter_name(request: GenerateRequest) -> str | None:
+    """For headers and logs; a merge by all its names."""
+    return request.adapter_id if request.merge is None else ",".join(request.merge.adapter_ids)
 
 
 def answer_headers(results: Sequence[GenerateResult], num_prompts: int) -> dict[str, str]:

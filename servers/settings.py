@@ -7,7 +7,6 @@ where the model runs (``jlorax.defaults``).
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,15 +21,11 @@ from jlorax.config import (
     GIB,
     LOAD_FORMATS,
     MIB,
-    AdapterConfig,
+    CorsConfig,
     EngineConfig,
-    KVConfig,
-    ModelSource,
-    SchedulerConfig,
     ServerConfig,
-    StepConfig,
 )
-from jlorax.defaults import CPU, GPU, Defaults, Machine, bank_bytes, defaults_of
+from jlorax.defaults import CPU, GPU, Defaults, Machine, configured, default_cache_dir
 from jlorax.errors import ConfigError
 from servers.keys import read_keys
 
@@ -76,6 +71,10 @@ def _one_of(allowed: Sequence[str]) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def _truth(text: str) -> bool:
+    return _one_of(("true", "false"))(text.lower()) == "true"
 
 
 def _buckets(text: str) -> tuple[int, ...]:
@@ -152,6 +151,48 @@ SETTINGS = (
         "FILE",
         "who may ask: a line a key, its SHA-256 in hex, tenant, scopes (infer, admin; or both with "
         "a comma) (everybody)",
+    ),
+    Setting(
+        "cors_allow_origin",
+        str,
+        "ORIGIN",
+        "a web page that may use this server from a browser, like https://app.example, or '*' for "
+        "every one (none); may be repeated",
+        True,
+    ),
+    Setting(
+        "cors_allow_header",
+        str,
+        "NAME",
+        f"a header that such pages may send ({', '.join(CorsConfig().headers)}); may be repeated",
+        True,
+    ),
+    Setting(
+        "cors_allow_method",
+        str,
+        "METHOD",
+        f"a method that such pages may use ({', '.join(CorsConfig().methods)}); may be repeated",
+        True,
+    ),
+    Setting(
+        "cors_expose_header",
+        str,
+        "NAME",
+        "a header of answers that such pages may read (none beside the usual); may be repeated",
+        True,
+    ),
+    Setting(
+        "cors_allow_credentials",
+        _truth,
+        "true|false",
+        "whether such pages may send cookies and the like (false)",
+    ),
+    Setting("max_best_of", _whole, "N", "answers drawn for the best of a request's best_of (2)"),
+    Setting(
+        "strict_fields",
+        _truth,
+        "true|false",
+        "whether a request with fields that nobody reads is refused (false: they are ignored)",
     ),
     Setting("adapter_root", _path, "DIR", "folder whose sub-folders are adapters"),
     Setting("adapter", _named_adapter, "NAME=DIR", "an adapter by name; may be repeated", True),
@@ -287,12 +328,6 @@ def _nearest(word: str, known: Any) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are: {', '.join(sorted(known))}"
 
 
-def default_cache_dir(environment: Mapping[str, str]) -> Path:
-    """$XDG_CACHE_HOME/jlorax, or ~/.cache/jlorax."""
-    base = environment.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "jlorax"
-
-
 def engine_config(
     values: Mapping[str, Any],
     environment: Mapping[str, str],
@@ -301,77 +336,29 @@ def engine_config(
 ) -> EngineConfig:
     """``is_shared``: by several tenants."""
     cache_dir = values.get("cache_dir") or default_cache_dir(environment)
-    defaults = defaults_of(machine)
-    values = _unnamed(defaults, machine) | _given(values)
-    adapters = {
-        "root": values.get("adapter_root"),
-        "named": values.get("adapter"),
-        "remotes": values.get("remote"),
-        "preload": _preload(values.get("preload")),
-        "pinned": values.get("pin"),
-        "num_loaders": values.get("adapter_loaders") or _num_loaders(),
-        "bank_bytes": values.get("adapter_bank_bytes"),
-        "max_slots": values.get("max_slots"),
-        "max_rank": values.get("max_rank"),
-        "host_cache_bytes": values.get("host_cache_bytes"),
-        "disk_dir": values.get("disk_cache") or cache_dir / "adapters",
-        "disk_cache_bytes": values.get("disk_cache_bytes"),
-    }
-    scheduler = SchedulerConfig(
-        max_batch=values["max_batch"],
-        max_queued=values["max_queued"],
-        is_shared=is_shared,
-        tenant_weights=values.get("tenant_weight", ()),
-    )
-    kv = {
-        "max_seq_len": values.get("max_seq_len"),
-        "cache_bytes": values.get("kv_cache_bytes"),
-        "device_bytes": machine.memory_bytes,
-    }
-    model = {name: values.get(name) for name in ("model", "dtype", "load_format")}
-    return EngineConfig(
-        cache_dir=cache_dir,
-        model=ModelSource(**_given(model)),
-        steps=_steps(defaults, scheduler.max_batch, values.get("buckets")),
-        scheduler=scheduler,
-        kv=KVConfig(**_given(kv)),
-        adapters=AdapterConfig(**_given(adapters)),
-        model_id=values.get("model_id"),
-        executable_dir=cache_dir / "executables",
-    )
-
-
-def _preload(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    return () if names == ("none",) else names
-
-
-def _num_loaders() -> int:
-    """Each keeps a core busy while it packs; the device's threads need some too."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, max(2, (cores or 1) // 2))
+    return configured(values, cache_dir, machine, is_shared)
 
 
 def server_config(values: Mapping[str, Any]) -> ServerConfig:
-    given = _given({"host": values.get("host"), "port": values.get("port")})
+    names = ("host", "port", "max_best_of", "strict_fields")
+    given = _given({name: values.get(name) for name in names})
     file = values.get("api_keys")
-    return ServerConfig(**given, api_keys=None if file is None else read_keys(file))
+    keys = None if file is None else read_keys(file)
+    return ServerConfig(**given, api_keys=keys, cors=_cors(values))
 
 
-def _steps(defaults: Defaults, max_batch: int, asked: tuple[int, ...] | None) -> StepConfig:
-    """Decode buckets up to max_batch; the largest is max_batch itself when none is as large."""
-    fitting = (b for b in sorted(set(asked or defaults.decode_buckets)) if b < max_batch)
-    return StepConfig(decode_buckets=(*fitting, max_batch), extend_buckets=defaults.extend_buckets)
-
-
-def _unnamed(defaults: Defaults, machine: Machine) -> dict[str, Any]:
-    """The settings that depend on the machine, as they are when nobody names them."""
-    return {
-        "dtype": defaults.dtype,
-        "max_batch": defaults.max_batch,
-        "max_queued": defaults.max_queued,
-        "adapter_bank_bytes": bank_bytes(machine),
-        "host_cache_bytes": defaults.host_cache_bytes,
+def _cors(values: Mapping[str, Any]) -> CorsConfig:
+    named = {
+        "origins": values.get("cors_allow_origin"),
+        "headers": values.get("cors_allow_header"),
+        "methods": values.get("cors_allow_method"),
+        "exposed": values.get("cors_expose_header"),
+        "allow_credentials": values.get("cors_allow_credentials"),
     }
+    given = _given(named)
+    if given and not named["origins"]:
+        raise ConfigError("the cors settings do nothing without cors_allow_origin")
+    return CorsConfig(**given)
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

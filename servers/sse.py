@@ -40,6 +40,10 @@ class SseStream:
     async def send(self, body: object) -> None:
         await self.send_text(dumps(body))
 
+    async def send_named(self, name: str, body: object) -> None:
+        """An event with its name, which holds no line break."""
+        await self._write(f"event: {name}\ndata: {dumps(body)}\n\n".encode())
+
     async def send_text(self, text: str) -> None:
         """An event whose JSON is made already."""
         await self._write(f"data: {text}\n\n".encode())

@@ -61,11 +61,12 @@ def memory_table(plan: MemoryPlan) -> Table:
 def _device(plan: MemoryPlan) -> tuple[str, str]:
     if plan.device_bytes is None:
         return "", plan.platform
-    free = plan.device_bytes - plan.weight_bytes - plan.kv_bytes - plan.bank_bytes
+    taken = plan.weight_bytes + plan.kv_bytes + plan.bank_bytes + plan.row_bytes
+    free = plan.device_bytes - taken
     return as_size(plan.device_bytes), f"{plan.platform}; {as_size(free)} left for computing"
 
 
 def _shape_name(shape: StepShape) -> str:
-    kind = "decode" if shape.is_decode else "extend"
+    kind = "score" if shape.scores else "decode" if shape.is_decode else "extend"
     reach = {LoraReach.NONE: " without adapters", LoraReach.ATTENTION: " with attention's"}
     return f"{kind} {shape.num_tokens}{reach.get(shape.lora, '')}"

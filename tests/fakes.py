@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jlorax.errors import AdapterConflict, AdapterNotFound, InvalidRequest, JLoraxError, Unavailable
 from jlorax.types import (
     AdapterInfo,
+    EmbedRequest,
+    EmbedResult,
     EngineStats,
     FinishReason,
     GenerateRequest,
@@ -40,13 +42,30 @@ class FakeTokenizer:
     """One token a character: its code point, modulo the vocabulary."""
 
     has_template = True
+    chat_template = ""
+
+    def __init__(self, template_reads: Sequence[str] = ("tools",)) -> None:
+        self.template_reads = template_reads
+        self.rendered: list[dict[str, Any]] = []
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [1] * add_special_tokens + [ord(char) % 1000 for char in text]
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat_reads(self, name: str) -> bool:
+        return name in self.template_reads
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **options: Any,
+    ) -> list[int]:
+        """``<role>content`` of each message; what else the template was given is remembered."""
         if not self.has_template:
             raise InvalidRequest("this model has no chat template")
+        given = {"add_generation_prompt": add_generation_prompt, "tools": tools, **options}
+        self.rendered.append({"messages": list(messages), **given})
         text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
         return self.encode(text, add_special_tokens=False)
 
@@ -55,11 +74,15 @@ class FakeTokenizer:
     ) -> list[tuple[int, str, int, int]]:
         return [(ord(char) % 1000, char, i, i + 1) for i, char in enumerate(text)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.token_text(id_) for id_ in ids)
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        kept = [i for i in ids if not (skip_special_tokens and self.is_special(i))]
+        return "".join(self.token_text(id_) for id_ in kept)
 
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id < 3
 
 
 @dataclass
@@ -78,6 +101,7 @@ class FakeEngine:
     model_info: ModelInfo = MODEL_INFO
     tokenizer: FakeTokenizer = field(default_factory=FakeTokenizer)
     seen: list[GenerateRequest] = field(default_factory=list)
+    embedded: list[EmbedRequest] = field(default_factory=list)
     num_open: int = 0
     num_closed: int = 0
     num_events: int = 0
@@ -98,6 +122,18 @@ class FakeEngine:
             self.num_open -= 1
             self.num_closed += 1
             self.closed.set()
+
+    async def embed(self, request: EmbedRequest) -> EmbedResult:
+        """Two numbers: the prompt's length in tokens, and a half."""
+        self.embedded.append(request)
+        if self.error is not None:
+            raise self.error
+        if request.adapter_id is not None:
+            self._visible(request.adapter_id, request.tenant)
+        ids = request.prompt
+        if isinstance(ids, str):
+            ids = tuple(self.tokenizer.encode(ids, request.add_special_tokens))
+        return EmbedResult((float(len(ids)), 0.5), len(ids))
 
     async def _events(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
         if self.state != "ready":
@@ -120,7 +156,10 @@ class FakeEngine:
         if isinstance(ids, str):
             ids = tuple(self.tokenizer.encode(ids, request.add_special_tokens))
         prompt_tokens = [
-            PromptToken(id_, chr(id_), None if i == 0 else -0.5) for i, id_ in enumerate(ids)
+            PromptToken(id_, chr(id_), -0.5, _alternatives(request))
+            if i
+            else PromptToken(id_, chr(id_), None)
+            for i, id_ in enumerate(ids)
         ]
         return GenerateResult(
             text="".join(token.text for token in tokens),
@@ -204,7 +243,10 @@ def adapter_info(adapter_id: str, folder: str = "folder", **changes: Any) -> Ada
 
 def _token(request: GenerateRequest, index: int, text: str) -> Token:
     """Its id is 100 + its place; alternatives only as many as were asked for."""
-    alternatives = tuple(
+    return Token(100 + index, text, -0.25 * (index + 1), False, _alternatives(request))
+
+
+def _alternatives(request: GenerateRequest) -> tuple[TokenAlternative, ...]:
+    return tuple(
         TokenAlternative(200 + k, chr(200 + k), -1.0 - k) for k in range(request.num_top_logprobs)
     )
-    return Token(100 + index, text, -0.25 * (index + 1), False, alternatives)

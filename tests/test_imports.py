@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "jlorax.hugging_face": {"transformers"},
     "jlorax.tokenizer": {"tokenizers", "jlorax.errors", "jlorax.hugging_face"},
+    "jlorax.structured": PLAIN | {"numpy", "llguidance", "jlorax.tokenizer"},
     "jlorax.scheduling": PLAIN | {"numpy"},
     "jlorax.adapters": PLAIN | {"numpy", "safetensors", "ml_dtypes"},
     "jlorax.adapters.remote": PLAIN | {"huggingface_hub", "obstore", "jlorax.adapters.files"},
@@ -46,16 +47,20 @@ ALLOWED: dict[str, set[str]] = {
     "jlorax.actors": PLAIN
     | {"jlorax.actors.messages", "jlorax.actors.mailbox", "jlorax.actors.stream"}
     | {"jlorax.scheduling", "jlorax.adapters", "jlorax.tokenizer", "jlorax.metrics"},
-    "jlorax.client": PLAIN | {"jlorax.wire", "aiohttp", "yarl"},
+    "jlorax.client": PLAIN | {"jlorax.wire", "jlorax.client_http", "jlorax.loop_thread", "aiohttp"},
+    "jlorax.client_http": PLAIN | {"jlorax.wire", "aiohttp", "yarl"},
+    "jlorax.loop_thread": PLAIN,
     "servers": PLAIN
     | {"jlorax.engine", "jlorax.assembly", "jlorax.wire", "jlorax.config", "jlorax.demo"}
     | {"jlorax.defaults"}
     | {"jlorax.tokenizer", "jlorax.metrics", "jlorax.client", "jlorax.models.config"}
+    | {"jlorax.structured"}
     | {"aiohttp", "yaml", "rich"},
 }
 # seams where types of a lower floor pass by
 EXCEPTIONS = {("jlorax.actors.messages", "jlorax.device.device")}
 NO_ASYNCIO = (
+    "jlorax.structured",
     "jlorax.scheduling",
     "jlorax.adapters",
     "jlorax.models",

@@ -102,7 +102,8 @@ def read_adapter(body: Mapping[str, Any]) -> AdapterInfo:
     )
 
 
-def render_model(card: ModelCard, created_s: int) -> dict[str, Any]:
+def render_model(card: ModelCard, created_s: int, max_model_len: int) -> dict[str, Any]:
+    """``root`` is the base model's id, also where that is the ``parent``."""
     return {
         "id": card.id,
         "object": "model",
@@ -110,6 +111,7 @@ def render_model(card: ModelCard, created_s: int) -> dict[str, Any]:
         "owned_by": "jlorax",
         "root": card.parent or card.id,
         "parent": card.parent,
+        "max_model_len": max_model_len,
     }
 
 

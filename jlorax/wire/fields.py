@@ -39,6 +39,12 @@ class Fields:
     def unknown(self) -> tuple[str, ...]:
         return tuple(sorted(set(self._values) - self._asked))
 
+    def inside(self, name: str, value: object) -> Fields:
+        """The object ``value`` that stands at ``name``, to be read."""
+        if not isinstance(value, dict):
+            raise self.wrong(name, f"must be an object, not {kind_of(value)}")
+        return Fields(value, prefix=f"{self._prefix}{name}.")
+
     def wrong(self, name: str, message: str) -> InvalidParameter:
         return InvalidParameter(self._prefix + name, message)
 

@@ -1,20 +1,22 @@
 """LoRAX's own JSON: ``{"inputs", "parameters"}`` in, ``generated_text`` and ``details`` out.
 
-A superset: ``inputs`` may also be token ids or chat messages, ``parameters`` also take min_p,
-stop_token_ids, include_stop_text and return_token_ids (which adds what jlorax's client needs).
-Sampling is LoRAX's: greedy unless ``do_sample`` or a warper (temperature other than 0 and 1,
-top_k, top_p < 1, typical_p < 1, here also min_p) asks for a draw.
+A superset: ``inputs`` may also be token ids or chat messages; ``parameters`` also take TGI's
+grammar and top_n_tokens, vLLM's guided_* and structured_outputs, and min_p, stop_token_ids,
+min_new_tokens, logit_bias, adapter_scale, include_stop_text and return_token_ids (which adds what
+jlorax's client needs). Sampling is LoRAX's: greedy unless ``do_sample`` or a warper (temperature
+other than 0 and 1, top_k, top_p < 1, typical_p < 1, here also min_p) asks for a draw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from jlorax.errors import InvalidParameter
 from jlorax.types import (
-    FinishReason,
+    Constraint,
+    EmbedRequest,
     GenerateRequest,
     GenerateResult,
     PromptToken,
@@ -34,9 +36,20 @@ from jlorax.wire.call import (
     parse_messages,
     parse_sampling,
 )
+from jlorax.wire.constraints import (
+    json_schema,
+    only_one,
+    parse_guided,
+    parse_logit_bias,
+    parse_response_format,
+    regex,
+)
 from jlorax.wire.fields import INT32_MAX, Fields, checked_token_ids
+from jlorax.wire.merges import with_adapter
 from jlorax.wire.strict_json import finite, kind_of
-from jlorax.wire.unsupported import refuse_best_of, refuse_format, refuse_unsupported
+from jlorax.wire.unsupported import refuse_unsupported
+
+IsSpecial = Callable[[int], bool]
 
 
 def parse_native(body: Mapping[str, Any], limits: Limits, stream: bool | None = None) -> Call:
@@ -45,11 +58,18 @@ def parse_native(body: Mapping[str, Any], limits: Limits, stream: bool | None = 
     asked_stream = outer.flag("stream")
     parameters = Fields(outer.mapping("parameters") or {})
     show = _parse_presentation(parameters, asked_stream if stream is None else stream)
-    call = _parse_inputs(outer, _parse_parameters(parameters, limits, show), show, limits)
+    request = _parse_parameters(parameters, limits, show)
+    best_of = _parse_best_of(parameters, limits, request, show)
+    call = _parse_inputs(outer, request, show, limits)
     if parameters.flag("apply_chat_template"):
         call = _as_chat(call)
     _refuse_misplaced(outer, parameters)
-    return replace(call, unknown_fields=outer.unknown() + parameters.unknown())
+    return replace(
+        call,
+        requests=call.requests * best_of,
+        num_best=best_of if best_of > 1 else None,
+        unknown_fields=outer.unknown() + parameters.unknown(),
+    )
 
 
 def _refuse_misplaced(outer: Fields, parameters: Fields) -> None:
@@ -62,10 +82,46 @@ def _refuse_misplaced(outer: Fields, parameters: Fields) -> None:
 
 def parse_tokenize(body: Mapping[str, Any]) -> tuple[str, bool]:
     fields = Fields(body)
+    return _parse_text(fields), fields.flag("add_special_tokens", default=True)
+
+
+def parse_embed(body: Mapping[str, Any], limits: Limits) -> EmbedRequest:
+    fields = Fields(body)
+    parameters = Fields(fields.mapping("parameters") or {})
+    parameters.refuse("merged_adapters")
+    parameters.text("api_token")
+    adapter_id = parse_adapter_id(parameters.text("adapter_id"), limits)
+    request = EmbedRequest(
+        prompt=_parse_text(fields),
+        adapter_id=adapter_id,
+        adapter_source=parse_adapter_source(parameters, adapter_id),
+    )
+    if not request.prompt:
+        raise fields.wrong("inputs", "cannot be empty")
+    _refuse_misplaced(fields, parameters)
+    return request
+
+
+def parse_classify(body: Mapping[str, Any]) -> str:
+    return _parse_text(Fields(body))
+
+
+def parse_classify_batch(body: Mapping[str, Any]) -> list[str]:
+    fields = Fields(body)
+    texts = fields.items("inputs")
+    if texts is None:
+        raise fields.wrong("inputs", "must be a list of strings, not null")
+    for text in texts:
+        if not isinstance(text, str):
+            raise fields.wrong("inputs", f"must hold strings, not {kind_of(text)}")
+    return texts
+
+
+def _parse_text(fields: Fields) -> str:
     text = fields.text("inputs")
     if text is None:
         raise fields.wrong("inputs", "must be a string, not null")
-    return text, fields.flag("add_special_tokens", default=True)
+    return text
 
 
 def _parse_presentation(fields: Fields, stream: bool) -> Presentation:
@@ -78,42 +134,40 @@ def _parse_presentation(fields: Fields, stream: bool) -> Presentation:
         stream=stream,
         details=fields.flag("details") or prefill,
         prefill=prefill,
+        num_alternatives=fields.integer("return_k_alternatives", 1, MAX_TOP_LOGPROBS) or 0,
+        num_top_tokens=fields.integer("top_n_tokens", 0, MAX_TOP_LOGPROBS) or 0,
         echo=fields.flag("return_full_text"),
         return_token_ids=fields.flag("return_token_ids"),
     )
 
 
 def _parse_parameters(fields: Fields, limits: Limits, show: Presentation) -> GenerateRequest:
-    _refuse_unsupported(fields)
-    adapter_id = parse_adapter_id(fields.text("adapter_id"), limits)
-    return GenerateRequest(
+    refuse_unsupported(fields)
+    fields.text("api_token")  # LoRAX's, for private adapters: here the server's own tokens are used
+    request = GenerateRequest(
         prompt="",
-        adapter_id=adapter_id,
-        adapter_source=parse_adapter_source(fields, adapter_id),
         sampling=_parse_sampling(fields),
         max_new_tokens=fields.integer("max_new_tokens", 1, INT32_MAX),
+        min_new_tokens=fields.integer("min_new_tokens", 0, INT32_MAX) or 0,
         stop=fields.stop(),
         stop_token_ids=fields.token_ids("stop_token_ids", limits.vocab_size),
         ignore_eos=fields.flag("ignore_eos_token"),
         include_stop_text=fields.flag("include_stop_text", default=True),
-        truncate=fields.integer("truncate", 1, INT32_MAX),
-        num_top_logprobs=fields.integer("return_k_alternatives", 1, MAX_TOP_LOGPROBS) or 0,
+        truncate=fields.integer("truncate", 1, limits.max_input_tokens),
+        num_top_logprobs=max(show.num_alternatives, show.num_top_tokens),
         prompt_logprobs=show.prefill,
+        constraint=_parse_constraint(fields),
+        logit_bias=parse_logit_bias(fields, limits.vocab_size),
     )
+    _check_least(fields, request)
+    adapter_id = parse_adapter_id(fields.text("adapter_id"), limits)
+    return with_adapter(request, fields, adapter_id, limits)
 
 
-def _refuse_unsupported(fields: Fields) -> None:
-    if fields.get("merged_adapters") is not None and fields.get("adapter_id") is not None:
-        raise InvalidParameter(
-            "merged_adapters",
-            "excludes `adapter_id`: at most one of `adapter_id` or `adapters` may be provided",
-        )
-    refuse_unsupported(fields)
-    refuse_best_of(fields)
-    refuse_format(fields, "text", "Text")
-    fields.refuse("grammar")
-    fields.refuse("top_n_tokens", 0)
-    fields.text("api_token")  # for private hubs: local adapters need none
+def _check_least(fields: Fields, request: GenerateRequest) -> None:
+    least, most = request.min_new_tokens, request.max_new_tokens
+    if most is not None and least > most:
+        raise fields.wrong("min_new_tokens", f"is {least}, but `max_new_tokens` is {most}")
 
 
 def _parse_sampling(fields: Fields) -> SamplingParams:
@@ -127,6 +181,54 @@ def _parse_sampling(fields: Fields) -> SamplingParams:
         or sampling.min_p > 0.0
     )
     return sampling if do_sample or warped else replace(sampling, temperature=0.0)
+
+
+def _parse_best_of(
+    fields: Fields, limits: Limits, request: GenerateRequest, show: Presentation
+) -> int:
+    """How many answers are drawn, for the likeliest to be given first."""
+    best_of = fields.integer("best_of", 1, limits.max_best_of) or 1
+    if best_of == 1:
+        return 1
+    if show.stream:
+        raise fields.wrong("best_of", "!= 1 is not supported when streaming tokens")
+    if request.sampling.temperature == 0.0:
+        raise fields.wrong("best_of", f"is {best_of}: you must use sampling when it is > 1")
+    if request.sampling.seed is not None:
+        raise fields.wrong("seed", f"must not be set when `best_of` > 1. Given: {best_of}")
+    return best_of
+
+
+def _parse_constraint(fields: Fields) -> Constraint | None:
+    return only_one(
+        {
+            "response_format": parse_response_format(fields),
+            "grammar": _parse_grammar(fields),
+            **parse_guided(fields),
+        }
+    )
+
+
+def _parse_grammar(fields: Fields) -> Constraint | None:
+    """TGI's ``{"type": "json" | "regex" | "json_schema", "value": ...}``."""
+    given = fields.mapping("grammar")
+    if given is None:
+        return None
+    form = Fields(given, prefix="grammar.")
+    match form.text("type", max_chars=64):
+        case "json":
+            found = json_schema(form, "value")
+        case "regex":
+            found = regex(form, "value")
+        case "json_schema":
+            named = Fields(form.mapping("value") or {}, prefix="grammar.value.")
+            named.text("name", max_chars=64)
+            found = json_schema(named, "schema")
+        case kind:
+            raise form.wrong("type", f"must be json, regex or json_schema. Given: {kind!r}")
+    if found is None:
+        raise form.wrong("value", "is missing: a JSON schema, or the text of a regex")
+    return found
 
 
 def _parse_inputs(
@@ -157,32 +259,65 @@ def _as_chat(call: Call) -> Call:
     return replace(call, messages=(Message("user", request.prompt),))
 
 
-def render_result(result: GenerateResult, show: Presentation, prompt_text: str) -> dict[str, Any]:
-    """GenerateResponse; ``prompt_text`` is shown only with return_full_text."""
-    text = prompt_text + result.text if show.echo else result.text
-    if not show.details:
-        return {"generated_text": text}
-    details = _stream_details(result, show) | {
-        "prefill": [_prefill(token) for token in result.prompt_tokens] if show.prefill else [],
-        "tokens": [_token(token) for token in result.tokens],
-    }
-    return {"generated_text": text, "details": details}
+# Answers.
 
 
-def render_event(event: TokenEvent, show: Presentation, prompt_text: str) -> dict[str, Any]:
-    """StreamResponse: all three keys always; text and details with the last one."""
+def render_answer(
+    results: Sequence[GenerateResult], show: Presentation, prompt_text: str, is_special: IsSpecial
+) -> dict[str, Any]:
+    """GenerateResponse of the first of ``results``, the likeliest of ``best_of``; the others are in
+    its details. ``prompt_text`` is shown only with return_full_text."""
+    best, *others = results
+    answer: dict[str, Any] = {"generated_text": _text(best, show, prompt_text)}
+    if show.details:
+        answer["details"] = _details(best, show, is_special)
+    if show.details and others:
+        answer["details"]["best_of_sequences"] = [
+            {"generated_text": _text(other, show, prompt_text)} | _details(other, show, is_special)
+            for other in others
+        ]
+    return answer
+
+
+def render_event(
+    event: TokenEvent, show: Presentation, prompt_text: str, is_special: IsSpecial
+) -> dict[str, Any]:
+    """StreamResponse: LoRAX's three keys always; text and details with the last one. ``index``
+    counts from 1, as TGI's."""
     result = event.result
-    text = None
-    if result is not None:
-        text = prompt_text + result.text if show.echo else result.text
-    return {
-        "token": _token(event.token),
-        "generated_text": text,
+    shown = {
+        "index": event.index + 1,
+        "token": _token(event.token, show),
+        "generated_text": None if result is None else _text(result, show, prompt_text),
         "details": _stream_details(result, show) if result and show.details else None,
     }
+    if show.num_top_tokens:
+        shown["top_tokens"] = _top_tokens(event.token, show, is_special)
+    return shown
+
+
+def _text(result: GenerateResult, show: Presentation, prompt_text: str) -> str:
+    return prompt_text + result.text if show.echo else result.text
+
+
+def _details(result: GenerateResult, show: Presentation, is_special: IsSpecial) -> dict[str, Any]:
+    details = _result_details(result, show) | {
+        "prefill": [_prefill(token, show) for token in result.prompt_tokens]
+        if show.prefill
+        else [],
+        "tokens": [_token(token, show) for token in result.tokens],
+    }
+    if show.num_top_tokens:
+        details["top_tokens"] = [_top_tokens(token, show, is_special) for token in result.tokens]
+    return details
 
 
 def _stream_details(result: GenerateResult, show: Presentation) -> dict[str, Any]:
+    """``input_length`` is TGI's word for ``prompt_tokens``."""
+    return _result_details(result, show) | {"input_length": len(result.prompt_token_ids)}
+
+
+def _result_details(result: GenerateResult, show: Presentation) -> dict[str, Any]:
     details: dict[str, Any] = {
         "finish_reason": result.finish_reason.value,
         "prompt_tokens": len(result.prompt_token_ids),
@@ -200,7 +335,7 @@ def _stream_details(result: GenerateResult, show: Presentation) -> dict[str, Any
     return details
 
 
-def _token(token: Token) -> dict[str, Any]:
+def _token(token: Token, show: Presentation) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "id": token.id,
         "text": token.text,
@@ -208,90 +343,23 @@ def _token(token: Token) -> dict[str, Any]:
         "special": token.special,
         "skipped": False,
     }
-    if token.alternatives:
-        shown["alternative_tokens"] = [
-            {"id": a.id, "text": a.text, "logprob": finite(a.logprob)} for a in token.alternatives
-        ]
+    if show.num_alternatives:
+        shown["alternative_tokens"] = _alternatives(token.alternatives[: show.num_alternatives])
     return shown
 
 
-def _prefill(token: PromptToken) -> dict[str, Any]:
-    return {"id": token.id, "text": token.text, "logprob": finite(token.logprob)}
+def _prefill(token: PromptToken, show: Presentation) -> dict[str, Any]:
+    shown = {"id": token.id, "text": token.text, "logprob": finite(token.logprob)}
+    if token.alternatives and show.num_alternatives:
+        shown["alternative_tokens"] = _alternatives(token.alternatives[: show.num_alternatives])
+    return shown
 
 
-# The way back: what jlorax's own client sends and reads.
+def _alternatives(alternatives: Sequence[TokenAlternative]) -> list[dict[str, Any]]:
+    return [{"id": a.id, "text": a.text, "logprob": finite(a.logprob)} for a in alternatives]
 
 
-def render_request(
-    request: GenerateRequest, stream: bool, messages: list[dict[str, str]] | None = None
-) -> dict[str, Any]:
-    sampling = request.sampling
-    parameters: dict[str, Any] = {
-        "adapter_id": request.adapter_id,
-        "adapter_source": request.adapter_source,
-        "do_sample": sampling.temperature > 0,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k or None,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "typical_p": sampling.typical_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "presence_penalty": sampling.presence_penalty,
-        "seed": sampling.seed,
-        "max_new_tokens": request.max_new_tokens,
-        "stop": list(request.stop),
-        "stop_token_ids": list(request.stop_token_ids),
-        "ignore_eos_token": request.ignore_eos,
-        "include_stop_text": request.include_stop_text,
-        "truncate": request.truncate,
-        "return_k_alternatives": request.num_top_logprobs or None,
-        "decoder_input_details": request.prompt_logprobs and not stream,
-        "details": True,
-        "return_token_ids": True,
-    }
-    given = {name: value for name, value in parameters.items() if value is not None}
-    prompt = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
-    return {"inputs": prompt if messages is None else messages, "parameters": given}
-
-
-def read_result(body: Mapping[str, Any]) -> GenerateResult:
-    details = body["details"]
-    tokens = tuple(read_token(token) for token in details["tokens"])
-    return read_details(details, body["generated_text"], tokens)
-
-
-def read_details(
-    details: Mapping[str, Any], text: str, tokens: tuple[Token, ...]
-) -> GenerateResult:
-    timings = details.get("timings", {})
-    return GenerateResult(
-        text=text,
-        finish_reason=FinishReason(details["finish_reason"]),
-        tokens=tokens,
-        prompt_token_ids=tuple(details.get("prompt_token_ids", ())),
-        seed=details.get("seed"),
-        prompt_tokens=tuple(
-            PromptToken(token["id"], token["text"], token["logprob"])
-            for token in details.get("prefill", ())
-        ),
-        **timings,
-    )
-
-
-def read_token(token: Mapping[str, Any]) -> Token:
-    return Token(
-        id=token["id"],
-        text=token["text"],
-        logprob=_logprob(token),
-        special=token["special"],
-        alternatives=tuple(
-            TokenAlternative(a["id"], a["text"], _logprob(a))
-            for a in token.get("alternative_tokens", ())
-        ),
-    )
-
-
-def _logprob(token: Mapping[str, Any]) -> float:
-    value = token["logprob"]
-    return float("-inf") if value is None else float(value)
+def _top_tokens(token: Token, show: Presentation, is_special: IsSpecial) -> list[dict[str, Any]]:
+    """TGI's alternatives, each as a token."""
+    most_likely = _alternatives(token.alternatives[: show.num_top_tokens])
+    return [shown | {"special": is_special(shown["id"])} for shown in most_likely]

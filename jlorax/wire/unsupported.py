@@ -9,49 +9,46 @@ from jlorax.wire.fields import INT32_MAX, Fields
 
 # name: the values, besides null, that ask for nothing
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
-    "adapter_parameters": ({},),
     "allowed_token_ids": ([],),
     "bad_words": ([],),
-    "guided_choice": ([],),
-    "guided_grammar": ("",),
-    "guided_json": ("",),  # {} is a schema: any JSON
-    "guided_regex": ("",),
     "length_penalty": (1, 1.0),
-    "logit_bias": ({},),
     "logits_processors": ([],),
-    "merged_adapters": (),
-    "min_tokens": (0,),
-    "structured_outputs": ({},),
     "use_beam_search": (False,),
     "watermark": (False,),
+}
+# what no /v1 route can do
+_UNSUPPORTED_V1: dict[str, tuple[object, ...]] = {
+    "modalities": (["text"],),
+    "moderation": (),
+    "audio": (),
+    "prediction": (),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "skip_special_tokens": (True,),
+    "suffix": ("",),
+    "truncate_prompt_tokens": (),
+    "web_search_options": (),
 }
 
 
 def refuse_unsupported(fields: Fields) -> None:
     """What no route can do."""
-    for name, harmless in _UNSUPPORTED.items():
+    if fields.get("adapter_parameters") not in (None, {}):
+        raise fields.wrong("adapter_parameters", "is LoRAX's inner word: use `merged_adapters`")
+    _refuse(fields, _UNSUPPORTED)
+
+
+def refuse_unsupported_v1(fields: Fields) -> None:
+    refuse_unsupported(fields)
+    _refuse(fields, _UNSUPPORTED_V1)
+
+
+def _refuse(fields: Fields, names: dict[str, tuple[object, ...]]) -> None:
+    for name, harmless in names.items():
         fields.refuse(name, *harmless)
-
-
-def refuse_tools(fields: Fields) -> None:
-    fields.refuse("tools", [])
-    fields.refuse("functions", [])
-    fields.refuse("tool_choice", "none", "auto")
-    fields.refuse("function_call", "none", "auto")
 
 
 def refuse_best_of(fields: Fields) -> None:
     """Numbers that can mean nothing get the range error first."""
     fields.integer("best_of", 1, INT32_MAX)
     fields.refuse("best_of", 1)
-
-
-def refuse_format(fields: Fields, *plain: str) -> None:
-    """``plain``: the names of unconstrained text. A schema constrains, whatever the type says."""
-    given = fields.mapping("response_format") or {}
-    form = Fields(given, prefix="response_format.")
-    form.refuse("type", *plain)
-    form.refuse("schema")
-    form.refuse("json_schema")
-    if form.get("type") is None and any(value is not None for value in given.values()):
-        raise form.wrong("type", f"is missing; this server supports {plain[0]!r} alone")

@@ -182,3 +182,15 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def run_script(python: Path, script: str, *arguments: str) -> None:
+    """Runs a script in another interpreter, which has to say "passed"."""
+    done = subprocess.run(
+        [str(python), "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.endswith("passed\n"), done.stdout + done.stderr

@@ -146,9 +146,16 @@ ROUTES = [
     ("POST", "/generate_stream", GENERATE, ASKS, 200),
     ("POST", "/tokenize", GENERATE, ASKS, 200),
     ("POST", "/v1/completions", COMPLETION, ASKS, 200),
+    ("POST", "/detokenize", {"tokens": [104]}, ASKS, 200),
     ("POST", "/v1/chat/completions", CHAT, ASKS, 200),
+    ("POST", "/v1/responses", {"model": "tiny/base", "input": "hi"}, ASKS, 200),
+    ("POST", "/v1/embeddings", {"model": "tiny/base", "input": "hi"}, ASKS, 200),
+    ("POST", "/embed", GENERATE, ASKS, 200),
+    ("POST", "/classify", GENERATE, ASKS, 424),
+    ("POST", "/classify_batch", {"inputs": ["hi"]}, ASKS, 424),
     ("GET", "/info", None, ASKS, 200),
     ("GET", "/v1/models", None, ASKS, 200),
+    ("GET", "/v1/models/base", None, ASKS, 200),
     ("GET", "/v1/adapters", None, ASKS, 200),
     ("POST", "/v1/adapters", LOAD, RUNS, 201),
     ("POST", "/v1/adapters/n/prefetch", None, RUNS, 200),
@@ -158,6 +165,10 @@ ROUTES = [
     ("POST", "/v1/load_lora_adapter", LOAD_LORA, RUNS, 200),
     ("POST", "/v1/unload_lora_adapter", {"lora_name": "m"}, RUNS, 200),
     ("GET", "/metrics", None, KEY, 200),
+    ("GET", "/startup", None, KEY, 200),
+    ("GET", "/openapi.json", None, KEY, 200),
+    ("GET", "/api-doc/openapi.json", None, KEY, 200),
+    ("GET", "/docs", None, ANYBODY, 200),
     ("GET", "/", None, ANYBODY, 200),
     ("GET", "/ping", None, ANYBODY, 200),
     ("GET", "/health", None, ANYBODY, 200),
@@ -176,7 +187,10 @@ def test_every_route_is_in_the_table_and_tested_below() -> None:
     router = create_app(FakeEngine(), ServerConfig()).router
     assert {route.handler for route in router.routes()} == set(NEEDS)
     served = {
-        (route.method, route.resource.canonical.replace("{adapter_id}", "n"))
+        (
+            route.method,
+            route.resource.canonical.replace("{adapter_id}", "n").replace("{model_id}", "base"),
+        )
         for route in router.routes()
         if route.resource is not None and route.method != "HEAD"
     }

@@ -1,87 +1,111 @@
-"""The unmodified ``lorax-client`` and ``text-generation`` (marker ``contract``).
-
-lorax-client pins huggingface-hub < 1, so both live in a virtual environment of their own, which
-pip builds once a session; a script there talks to the server here.
-"""
+"""The unmodified ``lorax-client`` against a real server process (marker ``contract``)."""
 
 from __future__ import annotations
 
-import asyncio
-import subprocess
-import venv
 from pathlib import Path
 
 import pytest
 
-from tests.fakes import FakeEngine, adapter_info
-from tests.servers.serving import in_loop, serving
+from tests.servers.process import ServerProcess, run_script
 
 pytestmark = pytest.mark.contract
-CLIENTS = ["lorax-client==0.6.3", "text-generation==0.7.0"]
 
-SCRIPT = """
-import sys
-from {module} import Client
-from {module} import errors
+BEGIN = """
+import json, sys
+from lorax import Client, errors
+from lorax.types import FinishReason, MergedAdapters, ResponseFormat
 client = Client(sys.argv[1])
-extra = {extra}
-whole = client.generate("hi", max_new_tokens=4, decoder_input_details=True, **extra)
-assert whole.generated_text == "Hello, world", whole
-assert whole.details.prompt_tokens == 3 if hasattr(whole.details, "prompt_tokens") else True
-assert len(whole.details.prefill) == 3
-assert [t.text for t in whole.details.tokens] == ["Hello", ",", " ", "world"]
-events = list(client.generate_stream("hi", max_new_tokens=4, **extra))
-assert [e.token.text for e in events] == ["Hello", ",", " ", "world"]
-assert events[-1].generated_text == "Hello, world"
-assert events[-1].details.generated_tokens == 4
-{more}
-print("passed")
+ask = client.generate
 """
 
-LORAX_ERRORS = """
-for ask in (client.generate, lambda *a, **k: list(client.generate_stream(*a, **k))):
-    for kind, options in ((errors.NotFoundError, dict(adapter_id="nope")),
-                          (errors.ValidationError, dict(stop_sequences=[""]))):
+ANSWERS = """
+whole = ask("Hello", adapter_id="one", max_new_tokens=6, decoder_input_details=True,
+            return_k_alternatives=2)
+details = whole.details
+assert (details.finish_reason, details.generated_tokens) == (FinishReason.Length, 6), whole
+assert (details.prompt_tokens, details.seed) == (5, None)
+assert [t.text for t in details.prefill] == list("Hello")
+assert [t.logprob is None for t in details.prefill] == [True] + [False] * 4
+assert all(len(t.alternative_tokens) == 2 and t.alternative_tokens[0].id == t.id
+           for t in details.tokens)
+events = list(client.generate_stream("Hello", adapter_id="one", max_new_tokens=6))
+assert [e.token.id for e in events] == [t.id for t in details.tokens]
+assert events[-1].generated_text == whole.generated_text
+assert events[-1].details.generated_tokens == 6
+assert ask("Hello", max_new_tokens=6).generated_text != whole.generated_text
+full = ask("Hello", adapter_id="one", max_new_tokens=6, return_full_text=True)
+assert full.generated_text == "Hello" + whole.generated_text
+short = ask("xxHello", adapter_id="one", max_new_tokens=6, truncate=5)
+assert short.generated_text == whole.generated_text
+"""
+
+BEST_OF = """
+best = ask("Hello", do_sample=True, temperature=2.0, best_of=2, max_new_tokens=4).details
+(other,) = best.best_of_sequences
+assert best.seed is not None and best.seed != other.seed
+mean = lambda tokens: sum(t.logprob for t in tokens) / len(tokens)
+assert mean(best.tokens) >= mean(other.tokens)
+one, two = (ask("Hello", do_sample=True, seed=7, max_new_tokens=8) for _ in range(2))
+assert one.generated_text == two.generated_text and one.details.seed == 7
+"""
+
+CONSTRAINED = """
+schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"],
+          "additionalProperties": False}
+form = ResponseFormat(type="json_object", schema=schema)
+said = ask("Hello", response_format=form, max_new_tokens=40)
+assert type(json.loads(said.generated_text)["yes"]) is bool, said
+assert said.details.finish_reason == FinishReason.EndOfSequenceToken
+"""
+
+MERGED = """
+def merged(weights, **more):
+    how = dict(merge_strategy="linear", density=0.0, majority_sign_method="total") | more
+    merge = MergedAdapters(ids=["one", "two"], weights=weights, **how)
+    return ask("Hello", merged_adapters=merge, max_new_tokens=8).generated_text
+one = ask("Hello", adapter_id="one", max_new_tokens=8).generated_text
+assert merged([1.0, 0.0]) == one
+assert merged([0.5, 0.5]) not in (one, ask("Hello", max_new_tokens=8).generated_text)
+merged([1.0, 1.0], merge_strategy="ties", density=0.5)
+"""
+
+OTHERS = """
+assert len(client.embed("Hello").embeddings) == 32
+for call, inputs in ((client.classify, "x"), (client.classify_batch, ["x"])):
+    try:
+        call(inputs)
+    except errors.GenerationError as error:
+        assert "generates text" in str(error)
+    else:
+        raise SystemExit("it classifies")
+"""
+
+ERRORS = """
+streamed = lambda *a, **k: list(client.generate_stream(*a, **k))
+for call in (ask, streamed):
+    for kind, options in (
+        (errors.NotFoundError, dict(adapter_id="nope")),
+        (errors.ValidationError, dict(stop_sequences=[""])),
+        (errors.ValidationError, dict(max_new_tokens=1000)),
+    ):
         try:
-            ask("hi", **options)
+            call("hi", **options)
         except kind:
             continue
         raise SystemExit(f"no {kind}")
 """
 
+SCRIPTS = {
+    "answers": ANSWERS,
+    "best_of": BEST_OF,
+    "constrained": CONSTRAINED,
+    "merged": MERGED,
+    "others": OTHERS,
+    "errors": ERRORS,
+}
 
-@pytest.fixture(scope="session")
-def python_of_clients(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("clients")
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", *CLIENTS]
-    subprocess.run(install, check=True, timeout=240)
-    return python
 
-
-@pytest.mark.parametrize(
-    ("module", "extra", "more"),
-    [
-        ("lorax", '{"adapter_id": "org/x"}', LORAX_ERRORS),
-        ("text_generation", "{}", ""),
-    ],
-)
-@in_loop
-async def test_the_client_reads_everything(
-    python_of_clients: Path, module: str, extra: str, more: str
-) -> None:
-    engine = FakeEngine(registered={"org/x": adapter_info("org/x")})
-    async with serving(engine) as server:
-        script = SCRIPT.format(module=module, extra=extra, more=more)
-        process = await asyncio.create_subprocess_exec(
-            str(python_of_clients),
-            "-c",
-            script,
-            server.url,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        output, _ = await process.communicate()
-        assert output.decode().endswith("passed\n"), output.decode()
-    assert engine.seen[0].adapter_id == ("org/x" if module == "lorax" else None)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_lorax_client(name: str, python_of_clients: Path, contract_server: ServerProcess) -> None:
+    script = BEGIN + SCRIPTS[name] + 'print("passed")\n'
+    run_script(python_of_clients, script, contract_server.url)

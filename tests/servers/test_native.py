@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
+from jlorax.config import ApiKey, Scope, ServerConfig
 from jlorax.errors import (
     AdapterInvalid,
     InvalidRequest,
@@ -15,6 +18,7 @@ from jlorax.errors import (
     PromptTooLong,
     Unavailable,
 )
+from jlorax.types import EmbedRequest, GenerateRequest, TokenEvent
 from tests.fakes import FakeEngine, FakeTokenizer, adapter_info
 from tests.servers.serving import in_loop, serving
 
@@ -54,10 +58,10 @@ async def test_prefill_alternatives_and_full_text() -> None:
         }
         answer = (await server.post("/generate", {"inputs": "hi", "parameters": parameters})).json
         assert answer["generated_text"] == "hiHello, world"
-        assert answer["details"]["prefill"][:2] == [
-            {"id": 1, "text": "\x01", "logprob": None},
-            {"id": 104, "text": "h", "logprob": -0.5},
-        ]
+        first, second = answer["details"]["prefill"][:2]
+        assert first == {"id": 1, "text": "\x01", "logprob": None}
+        assert [alternative["id"] for alternative in second.pop("alternative_tokens")] == [200, 201]
+        assert second == {"id": 104, "text": "h", "logprob": -0.5}
         alternatives = answer["details"]["tokens"][0]["alternative_tokens"]
         assert alternatives[1] == {"id": 201, "text": chr(201), "logprob": -2.0}
 
@@ -71,10 +75,19 @@ async def test_the_stream_has_all_keys_in_every_event_and_no_done() -> None:
             assert answer.headers["Content-Type"] == "text/event-stream"
             assert answer.headers["X-Accel-Buffering"] == "no"
             events = answer.events
-            assert events[0] == {"token": TOKEN, "generated_text": None, "details": None}
+            first = {"index": 1, "token": TOKEN, "generated_text": None, "details": None}
+            assert events[0] == first
+            assert [event["index"] for event in events] == [1, 2, 3, 4]
             assert [event["token"]["text"] for event in events] == ["Hello", ",", " ", "world"]
             assert events[-1]["generated_text"] == "Hello, world"
-            assert events[-1]["details"]["generated_tokens"] == 4
+            assert events[-1]["details"] == {
+                "finish_reason": "eos_token",
+                "prompt_tokens": 3,
+                "input_length": 3,
+                "generated_tokens": 4,
+                "skipped_tokens": 0,
+                "seed": None,
+            }
             assert "[DONE]" not in answer.text
         plain = await server.post("/generate_stream", {"inputs": "hi"})
         assert plain.events[-1]["details"] is None
@@ -107,6 +120,150 @@ async def test_headers() -> None:
         assert streamed["x-adapter-id"] == "org/x"
         assert "x-total-time" not in streamed
         assert "x-adapter-id" not in (await server.post("/generate", {"inputs": "hi"})).headers
+
+
+@in_loop
+async def test_top_tokens_are_tgis_alternatives_and_each_gets_as_many_as_asked() -> None:
+    async with serving() as server:
+        parameters = {"top_n_tokens": 3, "return_k_alternatives": 1, "details": True}
+        body = {"inputs": "hi", "parameters": parameters}
+        details = (await server.post("/generate", body)).json["details"]
+        assert len(details["top_tokens"]) == 4
+        third = {"id": 202, "text": chr(202), "logprob": -3.0, "special": False}
+        assert details["top_tokens"][0][2] == third
+        assert [len(token["alternative_tokens"]) for token in details["tokens"]] == [1] * 4
+        events = (await server.post("/generate_stream", body)).events
+        assert [len(event["top_tokens"]) for event in events] == [3] * 4
+        plain = (
+            await server.post("/generate", {"inputs": "hi", "parameters": {"details": True}})
+        ).json
+        assert "top_tokens" not in plain["details"]
+        assert "alternative_tokens" not in plain["details"]["tokens"][0]
+
+
+class DrawingEngine(FakeEngine):
+    """Every request gets another script; a token's logprob falls with its place."""
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
+        scripts = (("a", "b", "c"), ("d",), ("e", "f"))
+        one = FakeEngine(script=scripts[len(self.seen)])
+        self.seen.append(request)
+        async for event in one.generate(request):
+            yield event
+
+
+@in_loop
+async def test_best_of_gives_the_likeliest_and_the_others_in_its_details() -> None:
+    async with serving(DrawingEngine(), ServerConfig(max_best_of=3)) as server:
+        parameters = {"best_of": 3, "do_sample": True, "details": True, "return_full_text": True}
+        whole = await server.post("/", {"inputs": "hi", "parameters": parameters})
+        (answer,) = whole.json
+        assert answer["generated_text"] == "hid"
+        others = answer["details"]["best_of_sequences"]
+        assert [other["generated_text"] for other in others] == ["hief", "hiabc"]
+        assert set(others[0]) >= {
+            "generated_text", "finish_reason", "generated_tokens", "seed", "prefill", "tokens",
+        }  # fmt: skip
+        assert (whole.headers["x-prompt-tokens"], whole.headers["x-generated-tokens"]) == ("3", "6")
+        assert (await server.get("/info")).json["max_best_of"] == 3
+    async with serving(DrawingEngine()) as server:
+        parameters = {"best_of": 2, "temperature": 0.5}
+        answer = (await server.post("/generate", {"inputs": "hi", "parameters": parameters})).json
+        assert answer == {"generated_text": "d"}
+
+
+@in_loop
+async def test_a_chat_with_best_of_is_tokenized_for_each_answer() -> None:
+    async with serving(DrawingEngine()) as server:
+        parameters = {"best_of": 2, "do_sample": True, "apply_chat_template": True}
+        await server.post("/generate", {"inputs": "a", "parameters": parameters})
+        assert [request.prompt for request in server.engine.seen] == [
+            tuple(map(ord, "<user>a"))
+        ] * 2
+
+
+@in_loop
+async def test_a_merge_is_named_by_its_adapters() -> None:
+    engine = FakeEngine(registered={name: adapter_info(name) for name in ("a", "b")})
+    async with serving(engine) as server:
+        merge = {"ids": ["a", "b"], "weights": [1, 2]}
+        body = {"inputs": "hi", "parameters": {"merged_adapters": merge}}
+        for path in ("/generate", "/generate_stream"):
+            headers = (await server.post(path, body)).headers
+            assert (headers["x-adapter-id"], headers["x-adapter-source"]) == ("a,b", "local")
+
+
+@in_loop
+async def test_startup_runs_a_real_request() -> None:
+    async with serving() as server:
+        answer = await server.get("/startup")
+        assert (answer.status, answer.text) == (200, "")
+        assert server.engine.seen == [GenerateRequest("Who?", max_new_tokens=1)]
+        server.engine.state = "draining"
+        assert (await server.get("/startup")).status == 503
+    async with serving(FakeEngine(error=JLoraxError("lost the device"))) as server:
+        answer = await server.get("/startup")
+        assert answer.status == 500
+        assert answer.json == {"error": "lost the device", "error_type": "failed healthcheck"}
+    async with serving(FakeEngine(error=Overloaded("full: 256"))) as server:
+        assert (await server.get("/startup")).status == 429
+
+
+@in_loop
+async def test_metrics_in_the_form_that_is_accepted() -> None:
+    async with serving() as server:
+        text = await server.get("/metrics", headers={"Accept": "text/plain"})
+        assert text.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert "jlorax_up 1" in text.text
+        up = {"jlorax_up": {"type": "gauge", "data": [{"key": "", "value": 1.0}]}}
+        asked = {"headers": {"Accept": "application/json"}}
+        assert (await server.get("/metrics", **asked)).json == up
+        assert (await server.get("/metrics?format=json")).json == up
+        assert "jlorax_up 1" in (await server.get("/metrics?format=prometheus", **asked)).text
+        wrong = await server.get("/metrics?format=xml")
+        assert (wrong.status, wrong.json["error_type"]) == (422, "validation")
+
+
+@in_loop
+async def test_embed() -> None:
+    engine = FakeEngine(registered={"a": adapter_info("a")})
+    async with serving(engine) as server:
+        sent = {"inputs": "hi", "parameters": None, "stream": False}  # as lorax-client sends it
+        answer = await server.post("/embed", sent)
+        assert answer.status == 200
+        assert all(isinstance(value, float) for value in answer.json["embeddings"])
+        body = {"inputs": "hi", "parameters": {"adapter_id": "a", "adapter_source": "local"}}
+        assert (await server.post("/embed", body)).status == 200
+        assert engine.embedded == [EmbedRequest("hi"), EmbedRequest("hi", "a", "local")]
+        for bad in ("", 5, None):
+            refused = await server.post("/embed", {"inputs": bad})
+            assert (refused.status, refused.json["error_type"]) == (422, "validation")
+        merge = {"inputs": "hi", "parameters": {"merged_adapters": {"ids": ["a"]}}}
+        assert (await server.post("/embed", merge)).status == 422
+        unknown = {"inputs": "hi", "parameters": {"adapter_id": "nope"}}
+        assert (await server.post("/embed", unknown)).status == 404
+
+
+@in_loop
+async def test_embeddings_and_probes_are_their_tenants() -> None:
+    digest = hashlib.sha256(b"key").digest()
+    config = ServerConfig(api_keys={digest: ApiKey("a", frozenset(Scope))})
+    async with serving(config=config) as server:
+        key = {"headers": {"x-api-key": "key"}}
+        assert (await server.post("/embed", {"inputs": "hi"}, **key)).status == 200
+        assert (await server.get("/startup", **key)).status == 200
+        assert server.engine.embedded[0].tenant == server.engine.seen[0].tenant == "a"
+
+
+@in_loop
+async def test_a_model_that_generates_does_not_classify() -> None:
+    async with serving() as server:
+        for path, inputs in (("/classify", "x"), ("/classify_batch", ["x", "y"])):
+            answer = await server.post(path, {"inputs": inputs})
+            assert (answer.status, answer.json["error_type"]) == (424, "generation")
+            assert "'tiny/base' generates text" in answer.json["error"]
+            assert answer.json["code"] == "unsupported_task"
+            assert (await server.post(path, {"inputs": 5})).status == 422
 
 
 @in_loop

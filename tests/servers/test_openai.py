@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jlorax.config import ServerConfig
 from jlorax.errors import AdapterInvalid, JLoraxError, Overloaded, PromptTooLong, Unavailable
 from jlorax.types import FinishReason, GenerateRequest, TokenEvent
 from tests.fakes import FakeEngine
@@ -262,3 +264,37 @@ async def test_validation_names_the_field() -> None:
         assert answer.status == 400
         assert answer.json["error"]["param"] == "top_p"
         assert answer.json["error"]["type"] == "invalid_request_error"
+
+
+@in_loop
+async def test_fields_that_nobody_reads_are_noted_and_ignored() -> None:
+    records: list[str] = []
+    handler = logging.Handler(logging.DEBUG)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("jlorax.http")
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        async with serving() as server:
+            body = COMPLETION | {"zzz\n": "secret", "user": "u"}
+            assert (await server.post("/v1/completions", body)).status == 200
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(logging.NOTSET)
+    (noted,) = (line for line in records if "unknown" in line)
+    assert noted == "1 unknown fields are ignored: 'zzz\\n'"
+
+
+@in_loop
+async def test_a_strict_server_refuses_them() -> None:
+    async with serving(config=ServerConfig(strict_fields=True)) as server:
+        for path, body in (
+            ("completions", COMPLETION),
+            ("chat/completions", CHAT),
+            ("responses", {"model": "", "input": "hi"}),
+            ("embeddings", {"model": "", "input": "hi"}),
+        ):
+            assert (await server.post(f"/v1/{path}", body)).status == 200
+            answer = await server.post(f"/v1/{path}", body | {"zzz": 1})
+            assert (answer.status, answer.json["error"]["param"]) == (400, "zzz")
+        assert (await server.post("/generate", {"inputs": "hi", "zzz": 1})).status == 422

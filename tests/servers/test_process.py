@@ -103,7 +103,7 @@ def test_v1_names_adapters_by_model(server: ServerProcess) -> None:
         ({"inputs": "x" * 300, "parameters": {"max_new_tokens": 10}}, 422, ["300", "256"]),
         ({"inputs": "x", "parameters": {"max_new_tokens": 1000}}, 422, ["1000", "256"]),
         ({"inputs": "", "parameters": {}}, 422, ["empty"]),
-        ({"inputs": "x", "parameters": {"decoder_input_details": True}}, 422, ["prompt"]),
+        ({"inputs": "x", "parameters": {"watermark": True}}, 422, ["watermark"]),
         (b"{", 400, []),
     ],
 )  # fmt: skip

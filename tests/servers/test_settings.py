@@ -59,6 +59,8 @@ EXAMPLES = {
     "load_format": "dummy",
     "host": "127.0.0.2",
     "port": "9000",
+    "cors_allow_credentials": "true",
+    "strict_fields": "true",
     "adapter_root": "root",
     "adapter": "a=b",
     "remote": "far=hub",
