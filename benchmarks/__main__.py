@@ -7,13 +7,14 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks import cpu, decode, http_streaming, kernels, make_adapters, serving
+from benchmarks import cpu, decode, front_end, http_streaming, kernels, make_adapters, serving
 
 COMMANDS = {
     "cpu": cpu,
     "kernels": kernels,
     "decode": decode,
     "http": http_streaming,
+    "front-end": front_end,
     "serving": serving,
     "make-adapters": make_adapters,
 }

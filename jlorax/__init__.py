@@ -9,10 +9,16 @@ if TYPE_CHECKING:
     from jlorax import errors, types
     from jlorax.client import AsyncClient, Client
     from jlorax.engine import Engine
+    from jlorax.llm import LLM
 
-__all__ = ["AsyncClient", "Client", "Engine", "errors", "types"]
+__all__ = ["LLM", "AsyncClient", "Client", "Engine", "errors", "types"]
 
-_HOME = {"AsyncClient": "jlorax.client", "Client": "jlorax.client", "Engine": "jlorax.engine"}
+_HOME = {
+    "AsyncClient": "jlorax.client",
+    "Client": "jlorax.client",
+    "Engine": "jlorax.engine",
+    "LLM": "jlorax.llm",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,83 +1,46 @@
 """The client: the engine's verbs over HTTP, typed results, typed errors. No jax, no engine.
 
 ``AsyncClient`` does the work; ``Client`` runs the same coroutines on a loop thread of its own.
-Answers are read from the native routes, whose details carry everything of a GenerateResult.
+Answers are read from the native routes, whose details carry everything of a GenerateResult; tools
+are offered by way of OpenAI's.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, Unpack
 from urllib.parse import quote
 
 import aiohttp
-from yarl import URL
 
-from jlorax.errors import JLoraxError, RequestCancelled, Unavailable
-from jlorax.types import (
-    AdapterInfo,
-    GenerateRequest,
-    GenerateResult,
-    SamplingParams,
-    Token,
-    TokenEvent,
-)
+from jlorax.client_http import Exchange, data_lines
+from jlorax.errors import RequestCancelled, Unavailable
+from jlorax.loop_thread import LoopThread
+from jlorax.types import AdapterInfo, GenerateResult, Token, TokenEvent
 from jlorax.wire.adapters import ModelCard, read_adapter, read_model
 from jlorax.wire.failures import read_error
-from jlorax.wire.native import read_details, read_result, read_token, render_request
+from jlorax.wire.native_client import (
+    TextPiece,
+    read_details,
+    read_pieces,
+    read_result,
+    read_results,
+    read_token,
+    render_request,
+)
+from jlorax.wire.openai_client import (
+    ChatAnswer,
+    read_chat,
+    read_embed,
+    render_chat,
+    render_embed,
+)
+from jlorax.wire.options import Message, Options, Prompt, chat_options, request_of
 
 DEFAULT_URL = "http://127.0.0.1:8080"
-T = TypeVar("T")
-Prompt = str | Sequence[int]
-Message = Mapping[str, str]
-
-
-class Options(TypedDict, total=False):
-    """Everything of a GenerateRequest and its SamplingParams but the prompt, by the same names."""
-
-    adapter_id: str | None
-    adapter_source: str | None
-    max_new_tokens: int | None
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    ignore_eos: bool
-    include_stop_text: bool
-    truncate: int | None
-    num_top_logprobs: int
-    prompt_logprobs: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    typical_p: float
-    repetition_penalty: float
-    frequency_penalty: float
-    presence_penalty: float
-    seed: int | None
-
-
-_SAMPLING = frozenset(SamplingParams.__dataclass_fields__)
-
-
-def _request(prompt: Prompt, options: Options) -> GenerateRequest:
-    given: dict[str, Any] = dict(options)
-    unknown = given.keys() - Options.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
-    sampling = {name: given.pop(name) for name in _SAMPLING & given.keys()}
-    stop = given.get("stop", ())
-    given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    given["stop_token_ids"] = tuple(given.get("stop_token_ids", ()))
-    return GenerateRequest(
-        prompt=prompt if isinstance(prompt, str) else tuple(prompt),
-        sampling=SamplingParams(**sampling),
-        **given,
-    )
 
 
 class AsyncClient:
@@ -114,22 +77,58 @@ class AsyncClient:
 
     async def generate(self, prompt: Prompt, **options: Unpack[Options]) -> GenerateResult:
         """One prompt's whole answer. Greedy unless ``temperature`` is above 0."""
-        return await self._generate(render_request(_request(prompt, options), stream=False))
+        return read_result(await self._generate(render_request(request_of(prompt, options))))
+
+    async def generate_best_of(
+        self, prompt: Prompt, best_of: int, **options: Unpack[Options]
+    ) -> list[GenerateResult]:
+        """So many sampled answers to one prompt, the likeliest (by its mean log-probability) first.
+        They need a ``temperature`` and take no ``seed``."""
+        body = render_request(request_of(prompt, options), best_of=best_of)
+        return read_results(await self._generate(body))
 
     def stream(
         self, prompt: Prompt, **options: Unpack[Options]
     ) -> AsyncGenerator[TokenEvent, None]:
         """The answer token by token; the last event has the result. Leaving early cancels."""
-        return self._stream(render_request(_request(prompt, options), stream=True))
+        return self._stream(render_request(request_of(prompt, options)))
 
     async def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> GenerateResult:
         """As generate, over messages ``{"role", "content"}`` and the model's chat template."""
-        return await self._generate(_chat_body(messages, options, stream=False))
+        return read_result(await self._generate(_chat_body(messages, options)))
 
     def stream_chat(
         self, messages: Sequence[Message], **options: Unpack[Options]
     ) -> AsyncGenerator[TokenEvent, None]:
-        return self._stream(_chat_body(messages, options, stream=True))
+        return self._stream(_chat_body(messages, options))
+
+    async def chat_with_tools(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        **options: Unpack[Options],
+    ) -> ChatAnswer:
+        """A chat in which the model may call ``tools``, given and chosen in OpenAI's words. What it
+        called is answered with ``answer.message()`` and then a message of the role "tool" a call.
+        """
+        body = render_chat(messages, request_of("", chat_options(options)))
+        body |= {"tools": [dict(tool) for tool in tools], "tool_choice": tool_choice}
+        body |= {} if parallel_tool_calls else {"parallel_tool_calls": False}
+        return read_chat(await self._json("POST", "/v1/chat/completions", body))
+
+    async def embed(
+        self, prompts: Sequence[Prompt], adapter_id: str | None = None
+    ) -> list[tuple[float, ...]]:
+        """A vector for each prompt, of the model's width."""
+        body = render_embed(prompts, adapter_id)
+        return read_embed(await self._json("POST", "/v1/embeddings", body))
+
+    async def tokenize(self, text: str, add_special_tokens: bool = True) -> list[TextPiece]:
+        """The model's tokens of a text, each with its place there."""
+        body = {"inputs": text, "add_special_tokens": add_special_tokens}
+        return read_pieces(await self._json("POST", "/tokenize", body))
 
     async def load_adapter(
         self, adapter_id: str, folder: str, replace: bool = False
@@ -168,19 +167,17 @@ class AsyncClient:
             return False
         return True
 
-    async def _generate(self, body: Mapping[str, Any]) -> GenerateResult:
-        return read_result(await self._json("POST", "/generate", body))
+    async def _generate(self, body: Mapping[str, Any]) -> Any:
+        return await self._json("POST", "/generate", body)
 
     async def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        async with self._call(method, path, body) as response:
-            await _raise_for_error(response)
+        async with self._exchange(method, path, body) as response:
             return json.loads(await response.read() or b"null")
 
     async def _stream(self, body: Mapping[str, Any]) -> AsyncGenerator[TokenEvent, None]:
-        async with self._call("POST", "/generate_stream", body) as response:
-            await _raise_for_error(response)
+        async with self._exchange("POST", "/generate_stream", body) as response:
             tokens: list[Token] = []
-            async with aclosing(_data_lines(response)) as lines:
+            async with aclosing(data_lines(response)) as lines:
                 async for line in lines:
                     event = _read_event(json.loads(line), tokens, response.status)
                     yield event
@@ -188,72 +185,19 @@ class AsyncClient:
                         return
         raise RequestCancelled(f"the stream ended after {len(tokens)} tokens without a result")
 
-    def _call(self, method: str, path: str, body: Mapping[str, Any] | None) -> _Call:
+    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> Exchange:
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers)
-        # quoted already: yarl would decode %2F in an adapter's id
-        url = self._url + path
-        return _Call(self._session, method, url, body)
+        return Exchange(self._session, method, self._url + path, body)
 
 
-class _Call:
-    """One HTTP exchange; a connection that fails is Unavailable, like a server that says so."""
-
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        method: str,
-        url: str,
-        body: Mapping[str, Any] | None,
-    ) -> None:
-        self._url = url
-        self._request = session.request(method, URL(url, encoded=True), json=body)
-
-    async def __aenter__(self) -> aiohttp.ClientResponse:
-        try:
-            return await self._request.__aenter__()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise Unavailable(f"{self._url} cannot be reached: {error}") from error
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self._request.__aexit__(kind, error, trace)
-        if isinstance(error, aiohttp.ClientError | TimeoutError):
-            raise Unavailable(f"{self._url} broke off its answer: {error}") from error
-
-
-def _chat_body(messages: Sequence[Message], options: Options, stream: bool) -> dict[str, Any]:
-    options = {"include_stop_text": False, **options}
-    return render_request(_request("", options), stream, [dict(message) for message in messages])
+def _chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
+    request = request_of("", chat_options(options))
+    return render_request(request, [dict(message) for message in messages])
 
 
 def _adapter_path(adapter_id: str) -> str:
     return f"/v1/adapters/{quote(adapter_id, safe='')}"
-
-
-async def _raise_for_error(response: aiohttp.ClientResponse) -> None:
-    if response.status < 400:
-        return
-    try:
-        body = json.loads(await response.read())
-    except ValueError:  # a proxy's page
-        body = None
-    retry_after = response.headers.get("Retry-After", "")
-    raise read_error(response.status, body, float(retry_after) if retry_after.isdigit() else None)
-
-
-async def _data_lines(response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
-    """The data of each server-sent event; comments and blank lines are skipped."""
-    rest = b""
-    async for piece in response.content.iter_any():
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
 
 
 def _read_event(body: Mapping[str, Any], tokens: list[Token], status: int) -> TokenEvent:
@@ -275,11 +219,7 @@ class Client:
         self, url: str = DEFAULT_URL, *, timeout_s: float = 300.0, api_key: str | None = None
     ) -> None:
         self._client = AsyncClient(url, timeout_s=timeout_s, api_key=api_key)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(
-            target=self._loop.run_forever, name="jlorax-client", daemon=True
-        )
-        self._thread.start()
+        self._thread = LoopThread("Client")
 
     def __enter__(self) -> Self:
         return self
@@ -293,70 +233,65 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        if self._loop.is_closed():
-            return
-        self._run(self._client.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        if not self._thread.is_closed:
+            self._thread.run(self._client.close())
+            self._thread.close()
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> GenerateResult:
-        return self._run(self._client.generate(prompt, **options))
+        return self._thread.run(self._client.generate(prompt, **options))
+
+    def generate_best_of(
+        self, prompt: Prompt, best_of: int, **options: Unpack[Options]
+    ) -> list[GenerateResult]:
+        return self._thread.run(self._client.generate_best_of(prompt, best_of, **options))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[TokenEvent]:
-        return self._iterate(self._client.stream(prompt, **options))
+        return self._thread.iterate(self._client.stream(prompt, **options))
 
     def chat(self, messages: Sequence[Message], **options: Unpack[Options]) -> GenerateResult:
-        return self._run(self._client.chat(messages, **options))
+        return self._thread.run(self._client.chat(messages, **options))
 
     def stream_chat(
         self, messages: Sequence[Message], **options: Unpack[Options]
     ) -> Iterator[TokenEvent]:
-        return self._iterate(self._client.stream_chat(messages, **options))
+        return self._thread.iterate(self._client.stream_chat(messages, **options))
+
+    def chat_with_tools(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
+        **options: Unpack[Options],
+    ) -> ChatAnswer:
+        chat = self._client.chat_with_tools
+        return self._thread.run(chat(messages, tools, tool_choice, parallel_tool_calls, **options))
+
+    def embed(
+        self, prompts: Sequence[Prompt], adapter_id: str | None = None
+    ) -> list[tuple[float, ...]]:
+        return self._thread.run(self._client.embed(prompts, adapter_id))
+
+    def tokenize(self, text: str, add_special_tokens: bool = True) -> list[TextPiece]:
+        return self._thread.run(self._client.tokenize(text, add_special_tokens))
 
     def load_adapter(self, adapter_id: str, folder: str, replace: bool = False) -> AdapterInfo:
-        return self._run(self._client.load_adapter(adapter_id, folder, replace))
+        return self._thread.run(self._client.load_adapter(adapter_id, folder, replace))
 
     def unload_adapter(self, adapter_id: str, force: bool = False) -> None:
-        self._run(self._client.unload_adapter(adapter_id, force))
+        self._thread.run(self._client.unload_adapter(adapter_id, force))
 
     def prefetch_adapter(self, adapter_id: str) -> AdapterInfo:
-        return self._run(self._client.prefetch_adapter(adapter_id))
+        return self._thread.run(self._client.prefetch_adapter(adapter_id))
 
     def pin_adapter(self, adapter_id: str, pinned: bool = True) -> AdapterInfo:
-        return self._run(self._client.pin_adapter(adapter_id, pinned))
+        return self._thread.run(self._client.pin_adapter(adapter_id, pinned))
 
     def adapters(self) -> list[AdapterInfo]:
-        return self._run(self._client.adapters())
+        return self._thread.run(self._client.adapters())
 
     def models(self) -> list[ModelCard]:
-        return self._run(self._client.models())
+        return self._thread.run(self._client.models())
 
     def health(self) -> bool:
-        return self._run(self._client.health())
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._loop.is_closed():
-            work.close()
-            raise JLoraxError("this Client is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:  # Ctrl-C here must end the request there
-            future.cancel()
-            raise
-
-    def _iterate(self, events: AsyncGenerator[TokenEvent, None]) -> Iterator[TokenEvent]:
-        try:
-            while (event := self._run(_next(events))) is not None:
-                yield event
-        finally:
-            self._run(_close(events))
-
-
-async def _next(events: AsyncGenerator[TokenEvent, None]) -> TokenEvent | None:
-    return await anext(events, None)
-
-
-async def _close(events: AsyncGenerator[TokenEvent, None]) -> None:
-    await events.aclose()
+        return self._thread.run(self._client.health())

@@ -227,6 +227,10 @@ def test_the_blocking_client_has_the_same_verbs() -> None:
         assert result.text == "Hello, world"
         assert [event.token.text for event in client.stream("hi")] == ["Hello", ",", " ", "world"]
         assert client.chat(MESSAGES).text == "Hello, world"
+        assert client.chat_with_tools(MESSAGES, []).text == "Hello, world"
+        assert len(client.generate_best_of("hi", 2, temperature=1.0)) == 2
+        assert len(client.embed(["hi", "ho"])) == 2
+        assert [piece.text for piece in client.tokenize("hi")] == ["h", "i"]
         assert [event.index for event in client.stream_chat(MESSAGES)] == [0, 1, 2, 3]
         info = client.load_adapter("org/x", "sql")
         assert client.adapters() == [info]

@@ -1,0 +1,132 @@
+"""The front-end benchmark's two processes, each held to a core of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.front_end_load import Arrivals, Arrived, Streamed, Streams
+from benchmarks.front_end_server import LISTENING
+
+_REPOSITORY = Path(__file__).resolve().parent.parent
+_STOP_DEADLINE_S = 60.0
+_LOG_LINES = 15  # of a dead process's log, shown in the error
+
+
+class ProcessFailed(Exception):
+    """One of them ended before its time; the message carries the end of its log."""
+
+
+def two_cores() -> tuple[int, int]:
+    """One for the server, one for the load: on the same one each would measure the other."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit(f"two cores are needed; this process may use {len(cores)}")
+    return cores[0], cores[1]
+
+
+class Child:
+    """A module run by this interpreter, which answers lines with lines."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self._command, self._log = command, log
+        with log.open("wb") as errors:
+            self._process: subprocess.Popen[str] = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=_REPOSITORY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+
+    def line(self) -> str:
+        """The next line that it says; blocks until it does, or ends."""
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return line.strip()
+        self._process.wait()
+        last = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        raise ProcessFailed("\n".join([f"{' '.join(self._command)} failed:", *last]))
+
+    def close(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.communicate(timeout=_STOP_DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+
+
+@contextmanager
+def _child(command: list[str], log: Path) -> Iterator[Child]:
+    child = Child(command, log)
+    try:
+        yield child
+    finally:
+        child.close()
+
+
+class FrontEnd:
+    """The server, and the loads that are put on it."""
+
+    def __init__(self, server: Child, port: int, load: Child) -> None:
+        self._server, self._load = server, load
+        self._port = port
+
+    def arrivals(
+        self, rate_per_s: float, seconds: float, num_tokens: int | None, seed: str
+    ) -> Arrived:
+        asked = Arrivals(self._port, self._server.pid, rate_per_s, seconds, num_tokens, seed)
+        return Arrived(**self._ask("arrivals", asked))
+
+    def streams(self, num_streams: int, num_tokens: int, ramp_s: float) -> Streamed:
+        asked = Streams(self._port, self._server.pid, num_streams, num_tokens, ramp_s)
+        return Streamed(**self._ask("streams", asked))
+
+    def _ask(self, kind: str, load: Arrivals | Streams) -> dict[str, Any]:
+        self._load.tell(json.dumps({"kind": kind, **asdict(load)}))
+        answer: dict[str, Any] = json.loads(self._load.line())
+        return answer
+
+
+@contextmanager
+def front_end(model: Path, step_s: float, work: Path, profile: Path | None) -> Iterator[FrontEnd]:
+    """``profile``: where cProfile's figures of the server go when it ends; they slow it."""
+    core, other = two_cores()
+    port = _free_port()
+    profiling = ["-m", "cProfile", "-o", str(profile.absolute())] if profile else []
+    serve = [*profiling, "-m", "benchmarks.front_end_server", f"--core={core}", f"--port={port}"]
+    put = ["-m", "benchmarks.front_end_load", f"--core={other}"]
+    with (
+        _child([*serve, f"--model={model}", f"--step-s={step_s}"], work / "server.log") as server,
+        _child(put, work / "load.log") as load,
+    ):
+        if (said := server.line()) != LISTENING:
+            raise ProcessFailed(f"the server said {said!r}")
+        yield FrontEnd(server, port, load)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
