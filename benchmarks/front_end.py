@@ -3,9 +3,8 @@
 The server of ``jlorax serve`` over a stand-in engine, in a process held to one core; the load in
 another, held to another. No model runs; a real chat template and tokenizer do.
 
-  front end, ms   sent -> answer received, less the stand-in's own time (from its being asked to the
-                  moment when its last token was due), less the median of GET /ping under the same
-                  arrivals
+  front end, ms   sent -> answer received, less the stand-in's own fixed delay, less the median of
+                  GET /ping under the same arrivals
   late, ms        a token's due moment -> received; all streams' tokens are due at the same moment
   stream tok/s    (tokens - 1) / (last - first token received)
   cpu             processor time of the server, the stand-in's too, for each chat, or each token
@@ -41,6 +40,7 @@ class Plan:
     rate_per_s: float = 200.0
     chat_s: float = 10.0
     chat_tokens: int = 16
+    delay_s: float = 0.2  # of the stand-in, before it has the whole answer
     num_streams: int = 500
     stream_tokens: int = 200
     tokens_per_s: float = 20.0  # of each stream
@@ -117,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rounds", type=int, default=Plan.rounds, metavar="N", help=f"({Plan.rounds})")
     add("--seed", type=int, default=Plan.seed, metavar="N", help=f"arrivals ({Plan.seed})")
     add("--quick", action="store_true", help="short and few requests: does it run at all")
-    add("--profile", type=Path, metavar="FILE", help="cProfile's figures of the server")
+    add("--profile", type=Path, metavar="DIR", help="cProfile's figures of the servers")
     add("--out", type=Path, metavar="FILE", help="(benchmarks/results/front-end-TIME)")
 
 
@@ -151,11 +151,11 @@ def make_plan(arguments: argparse.Namespace) -> Plan:
 
 
 def _rounds(
-    plan: Plan, model: Path, profile: Path | None, clock: Clock, lines: JsonLines
+    plan: Plan, model: Path, profiles: Path | None, clock: Clock, lines: JsonLines
 ) -> Iterable[Round]:
     with (
         tempfile.TemporaryDirectory(prefix="jlorax-benchmark-") as work,
-        front_end(model, 1 / plan.tokens_per_s, Path(work), profile) as measured,
+        front_end(model, plan.delay_s, 1 / plan.tokens_per_s, Path(work), profiles) as measured,
     ):
         for number in range(plan.rounds + 1):
             clock.say(f"round {number}" if number else "warming up")
@@ -167,8 +167,8 @@ def _rounds(
 
 def _round(plan: Plan, measured: FrontEnd, number: int) -> Round:
     seed = f"{plan.seed} {number}"
-    ping = measured.arrivals(plan.rate_per_s, plan.chat_s / 5, None, seed)
-    chats = measured.arrivals(plan.rate_per_s, plan.chat_s, plan.chat_tokens, seed)
+    ping = measured.pings(plan.rate_per_s, plan.chat_s / 5, seed)
+    chats = measured.chats(plan.rate_per_s, plan.chat_s, plan.chat_tokens, seed)
     streams = measured.streams(plan.num_streams, plan.stream_tokens, plan.ramp_s)
     return round_of(ping, chats, streams)
 

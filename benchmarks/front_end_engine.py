@@ -1,16 +1,17 @@
-"""The front-end benchmark's stand-in for an engine: no model, tokens on a fixed clock.
+"""The front-end benchmark's stand-ins for an engine: no model, tokens on a clock.
 
-Every ``step_s`` each open request gets one token, all at the same moment, as a device's step hands
-them out. The text of a token says when its request arrived and when the token was due, in
-microseconds of the machine's monotonic clock, so that a load on the same machine can tell the front
-end's time from the stand-in's.
+The text of a token says when its request arrived and when the token was due, in microseconds of the
+machine's monotonic clock, so that a load on the same machine can tell the front end's time from the
+stand-in's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import NamedTuple
 
 from jlorax.tokenizer import Tokenizer
@@ -43,13 +44,10 @@ def stamps_in(answer: bytes) -> list[Stamp]:
     return [Stamp(int(m[1]), int(m[2]), m.end()) for m in _STAMP.finditer(answer)]
 
 
-class StandInEngine:
-    """The part of ``ServedEngine`` that the measured routes use; every request is for ever greedy.
+class StandInEngine(ABC):
+    """The part of ``ServedEngine`` that the measured routes use. Every request is greedy."""
 
-    ``run`` is its clock: a task of the caller's.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, model_id: str, step_s: float) -> None:
+    def __init__(self, tokenizer: Tokenizer, model_id: str) -> None:
         self.tokenizer = tokenizer
         self.model_info = ModelInfo(
             model_id=model_id,
@@ -63,34 +61,34 @@ class StandInEngine:
             max_slots=1,
             eos_token_ids=tokenizer.eos_token_ids,
         )
-        self._step_s = step_s
-        self._open: dict[asyncio.Queue[int], None] = {}  # the microsecond each token is due
+        self._num_open = 0
+        self._state = "ready"
 
+    @abstractmethod
     async def run(self) -> None:
-        """Hands out tokens on time; a step that came late moves none of the later ones."""
-        loop = asyncio.get_running_loop()
-        due_s = loop.time()
-        while True:
-            due_s += self._step_s
-            await asyncio.sleep(due_s - loop.time())
-            due_us = round(due_s * 1e6)
-            for inbox in self._open:
-                inbox.put_nowait(due_us)
+        """The clock: a task of the caller's."""
+
+    @abstractmethod
+    def _dues(self, arrived_s: float) -> AsyncGenerator[int, None]:
+        """Gives each token when it is due, and says which microsecond that was."""
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenEvent, None]:
-        arrived_us = round(asyncio.get_running_loop().time() * 1e6)
-        inbox: asyncio.Queue[int] = asyncio.Queue()
-        self._open[inbox] = None
-        tokens: list[Token] = []
+        arrived_s = asyncio.get_running_loop().time()
+        arrived_us = round(arrived_s * 1e6)
         num_tokens = request.max_new_tokens or MAX_SEQ_LEN
+        tokens: list[Token] = []
+        self._num_open += 1
         try:
-            while len(tokens) < num_tokens:
-                text = f"<{arrived_us} {await inbox.get()}>"
-                tokens.append(Token(_A_TOKEN_ID, text, -1.0, False))
-                whole = self._result(request, tokens) if len(tokens) == num_tokens else None
-                yield TokenEvent(tokens[-1], len(tokens) - 1, whole)
+            async with aclosing(self._dues(arrived_s)) as dues:
+                async for due_us in dues:
+                    tokens.append(Token(_A_TOKEN_ID, f"<{arrived_us} {due_us}>", -1.0, False))
+                    is_last = len(tokens) == num_tokens
+                    whole = self._result(request, tokens) if is_last else None
+                    yield TokenEvent(tokens[-1], len(tokens) - 1, whole)
+                    if is_last:
+                        return
         finally:
-            del self._open[inbox]
+            self._num_open -= 1
 
     def _result(self, request: GenerateRequest, tokens: list[Token]) -> GenerateResult:
         prompt = request.prompt
@@ -99,7 +97,55 @@ class StandInEngine:
         return GenerateResult(text, FinishReason.LENGTH, tuple(tokens), ids, seed=None)
 
     def stats(self) -> EngineStats:
-        return EngineStats("ready", 0, len(self._open), 1, 1, 0, 0, 0)
+        return EngineStats(self._state, 0, self._num_open, 1, 1, 0, 0, 0)
 
     async def drain(self) -> None:
-        """Nobody waits for the answers of a benchmark that has ended."""
+        """Waits for nothing: the benchmark has ended."""
+        self._state = "draining"
+
+
+class DelayEngine(StandInEngine):
+    """All tokens of an answer are due ``delay_s`` after it was asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, model_id: str, delay_s: float) -> None:
+        super().__init__(tokenizer, model_id)
+        self._delay_s = delay_s
+
+    async def run(self) -> None:
+        """Every request has a timer of its own."""
+
+    async def _dues(self, arrived_s: float) -> AsyncGenerator[int, None]:
+        due_s = arrived_s + self._delay_s
+        await asyncio.sleep(due_s - asyncio.get_running_loop().time())
+        while True:
+            yield round(due_s * 1e6)
+
+
+class StepEngine(StandInEngine):
+    """Every ``step_s`` all open requests get a token at the same moment, as a device's step hands
+    them out."""
+
+    def __init__(self, tokenizer: Tokenizer, model_id: str, step_s: float) -> None:
+        super().__init__(tokenizer, model_id)
+        self._step_s = step_s
+        self._inboxes: dict[asyncio.Queue[int], None] = {}
+
+    async def run(self) -> None:
+        """A step that came late moves none of the later ones."""
+        loop = asyncio.get_running_loop()
+        due_s = loop.time()
+        while True:
+            due_s += self._step_s
+            await asyncio.sleep(due_s - loop.time())
+            due_us = round(due_s * 1e6)
+            for inbox in self._inboxes:
+                inbox.put_nowait(due_us)
+
+    async def _dues(self, arrived_s: float) -> AsyncGenerator[int, None]:
+        inbox: asyncio.Queue[int] = asyncio.Queue()
+        self._inboxes[inbox] = None
+        try:
+            while True:
+                yield await inbox.get()
+        finally:
+            del self._inboxes[inbox]

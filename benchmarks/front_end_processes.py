@@ -1,4 +1,4 @@
-"""The front-end benchmark's two processes, each held to a core of its own."""
+"""The front-end benchmark's processes: two servers on one core, and the load on another."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,44 +85,73 @@ def _child(command: list[str], log: Path) -> Iterator[Child]:
         child.close()
 
 
+@dataclass(frozen=True)
+class Server:
+    """One that listens."""
+
+    process: Child
+    port: int
+
+
+@dataclass(frozen=True)
 class FrontEnd:
-    """The server, and the loads that are put on it."""
+    """The servers, and the loads that are put on them."""
 
-    def __init__(self, server: Child, port: int, load: Child) -> None:
-        self._server, self._load = server, load
-        self._port = port
+    delayed: Server
+    stepped: Server
+    load: Child
 
-    def arrivals(
-        self, rate_per_s: float, seconds: float, num_tokens: int | None, seed: str
-    ) -> Arrived:
-        asked = Arrivals(self._port, self._server.pid, rate_per_s, seconds, num_tokens, seed)
-        return Arrived(**self._ask("arrivals", asked))
+    def pings(self, rate_per_s: float, seconds: float, seed: str) -> Arrived:
+        return self._arrivals(rate_per_s, seconds, None, seed)
+
+    def chats(self, rate_per_s: float, seconds: float, num_tokens: int, seed: str) -> Arrived:
+        return self._arrivals(rate_per_s, seconds, num_tokens, seed)
 
     def streams(self, num_streams: int, num_tokens: int, ramp_s: float) -> Streamed:
-        asked = Streams(self._port, self._server.pid, num_streams, num_tokens, ramp_s)
+        server = self.stepped
+        asked = Streams(server.port, server.process.pid, num_streams, num_tokens, ramp_s)
         return Streamed(**self._ask("streams", asked))
 
+    def _arrivals(
+        self, rate_per_s: float, seconds: float, num_tokens: int | None, seed: str
+    ) -> Arrived:
+        server = self.delayed
+        asked = Arrivals(server.port, server.process.pid, rate_per_s, seconds, num_tokens, seed)
+        return Arrived(**self._ask("arrivals", asked))
+
     def _ask(self, kind: str, load: Arrivals | Streams) -> dict[str, Any]:
-        self._load.tell(json.dumps({"kind": kind, **asdict(load)}))
-        answer: dict[str, Any] = json.loads(self._load.line())
+        self.load.tell(json.dumps({"kind": kind, **asdict(load)}))
+        answer: dict[str, Any] = json.loads(self.load.line())
         return answer
 
 
 @contextmanager
-def front_end(model: Path, step_s: float, work: Path, profile: Path | None) -> Iterator[FrontEnd]:
-    """``profile``: where cProfile's figures of the server go when it ends; they slow it."""
+def front_end(
+    model: Path, delay_s: float, step_s: float, work: Path, profiles: Path | None
+) -> Iterator[FrontEnd]:
+    """``profiles``: a folder for cProfile's figures of each server, which slow it."""
     core, other = two_cores()
-    port = _free_port()
-    profiling = ["-m", "cProfile", "-o", str(profile.absolute())] if profile else []
-    serve = [*profiling, "-m", "benchmarks.front_end_server", f"--core={core}", f"--port={port}"]
-    put = ["-m", "benchmarks.front_end_load", f"--core={other}"]
-    with (
-        _child([*serve, f"--model={model}", f"--step-s={step_s}"], work / "server.log") as server,
-        _child(put, work / "load.log") as load,
-    ):
-        if (said := server.line()) != LISTENING:
-            raise ProcessFailed(f"the server said {said!r}")
-        yield FrontEnd(server, port, load)
+    with ExitStack() as opened:
+
+        def serve(name: str, *clock: str) -> Server:
+            port = _free_port()
+            profiling = [] if profiles is None else _profiling(profiles / f"{name}.prof")
+            fixed = [f"--core={core}", f"--port={port}", f"--model={model}"]
+            command = [*profiling, "-m", "benchmarks.front_end_server", *fixed, *clock]
+            return Server(opened.enter_context(_child(command, work / f"{name}.log")), port)
+
+        servers = serve("delayed", f"--delay-s={delay_s}"), serve("stepped", f"--step-s={step_s}")
+        put = ["-m", "benchmarks.front_end_load", f"--core={other}"]
+        load = opened.enter_context(_child(put, work / "load.log"))
+        for server in servers:
+            if (said := server.process.line()) != LISTENING:
+                raise ProcessFailed(f"a server said {said!r}")
+        yield FrontEnd(*servers, load)
+
+
+def _profiling(file: Path) -> list[str]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return ["-m", "cProfile", "-o", str(file.absolute())]
 
 
 def _free_port() -> int:

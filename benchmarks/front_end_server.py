@@ -1,6 +1,6 @@
-"""The server of the front-end benchmark, in a process of its own on one core.
+"""A server of the front-end benchmark, in a process of its own on one core.
 
-The whole HTTP server of ``jlorax serve``, with its garbage collection, over the stand-in engine.
+The whole HTTP server of ``jlorax serve``, with its garbage collection, over a stand-in engine.
 Prints a line when it listens; ends on SIGTERM.
 """
 
@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import cast
 
-from benchmarks.front_end_engine import StandInEngine
+from benchmarks.front_end_engine import DelayEngine, StandInEngine, StepEngine
 from jlorax.config import ServerConfig
 from jlorax.tokenizer import Tokenizer
 from servers.rest import create_app, run_server
@@ -29,14 +29,23 @@ def main() -> None:
     parser.add_argument("--core", type=int, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--step-s", type=float, required=True)
+    clock = parser.add_mutually_exclusive_group(required=True)
+    clock.add_argument("--delay-s", type=float, help="a DelayEngine's")
+    clock.add_argument("--step-s", type=float, help="a StepEngine's")
     arguments = parser.parse_args()
     os.sched_setaffinity(0, {arguments.core})
     logging.basicConfig(level=logging.INFO)  # a line a request, as the command line has it
-    engine = StandInEngine(Tokenizer.load(arguments.model), arguments.model.name, arguments.step_s)
+    engine = _engine(arguments)
     gc.freeze()
     gc.set_threshold(_OBJECTS_PER_COLLECTION)
     asyncio.run(_serve(engine, arguments.port))
+
+
+def _engine(arguments: argparse.Namespace) -> StandInEngine:
+    tokenizer, model_id = Tokenizer.load(arguments.model), arguments.model.name
+    if arguments.delay_s is not None:
+        return DelayEngine(tokenizer, model_id, arguments.delay_s)
+    return StepEngine(tokenizer, model_id, arguments.step_s)
 
 
 async def _serve(engine: StandInEngine, port: int) -> None:

@@ -65,8 +65,8 @@ class PromptTooLong(InvalidRequest):
 
     def __init__(self, num_tokens: int, max_new_tokens: int, max_tokens: int) -> None:
         super().__init__(
-            f"the prompt has {num_tokens} tokens and asks for {max_new_tokens} more, "
-            f"but prompt and answer together may have at most {max_tokens}"
+            f"the prompt is too long: it has {num_tokens} tokens and asks for {max_new_tokens} "
+            f"more, but prompt and answer together may have at most {max_tokens}"
         )
         self.num_tokens = num_tokens
         self.max_new_tokens = max_new_tokens

@@ -36,13 +36,15 @@ class LoopThread:
         if self.is_closed:
             work.close()
             raise JLoraxError(f"this {self._owner} is closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = None
         try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
             return future.result()
         except CancelledError:
             raise RequestCancelled(f"this {self._owner} was closed") from None
         except BaseException:
-            future.cancel()
+            if future is not None:
+                future.cancel()
             raise
 
     def iterate(self, events: AsyncGenerator[T, None]) -> Iterator[T]:

@@ -22,6 +22,7 @@ Messages = Sequence[Mapping[str, Any]]
 _BROKEN = "\ufffd"  # what decoding makes of bytes that are no character, or not yet one
 _CONTEXT_TOKENS = 6  # of the prompt: enough for the first piece to know whether a space precedes
 _MAX_CHARACTER_TOKENS = 4  # one for each of its bytes
+_SHORT_CHARACTERS = 4096  # tokenized where they are: a thread would take longer to begin
 _MAX_HELD_TOKENS = 16  # that many without a whole character can only be broken bytes
 
 
@@ -39,14 +40,14 @@ class Tokenizer:
 
     def __init__(self, hf_tokenizer: Any, eos_token_ids: Iterable[int] = ()) -> None:
         self._hf = hf_tokenizer
-        self._backend: tokenizers.Tokenizer = hf_tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self.backend: tokenizers.Tokenizer = hf_tokenizer.backend_tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
         # A copy that takes "<|im_end|>" for ten characters; a flag on the one tokenizer would be
         # seen by every thread.
-        self._plain = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        self._plain = tokenizers.Tokenizer.from_str(self.backend.to_str())
         self._plain.encode_special_tokens = True
-        added = self._backend.get_added_tokens_decoder()
+        added = self.backend.get_added_tokens_decoder()
         special = {i: token.content for i, token in added.items() if token.special}
         special |= zip(hf_tokenizer.all_special_ids, hf_tokenizer.all_special_tokens, strict=True)
         self._special = frozenset(special)
@@ -61,7 +62,7 @@ class Tokenizer:
             {*signature(hf_tokenizer.apply_chat_template).parameters, "messages"}
             | hf_tokenizer.special_tokens_map.keys()
         )
-        self._anchor = self._backend.encode("a", add_special_tokens=False).ids[-1:]
+        self._anchor = self.backend.encode("a", add_special_tokens=False).ids[-1:]
         self._anchor_text = self.decode(self._anchor)
         self._alone: dict[int, str] = {}  # what decode([id]) gave
 
@@ -90,7 +91,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Special tokens spelled out in ``text`` are taken as such, as everywhere in this field."""
-        return self._encode(self._backend, text, add_special_tokens).ids
+        return self._encode(self.backend, text, add_special_tokens).ids
 
     def encode_chat(
         self,
@@ -169,7 +170,7 @@ class Tokenizer:
                 )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def decode_alone(self, token_id: int) -> str:
         """``decode([token_id])``, remembered: every generated token asks for the one before it."""
@@ -188,7 +189,7 @@ class Tokenizer:
 
     def tokenize_with_offsets(self, text: str, add_special_tokens: bool = True) -> list[TokenPiece]:
         """A token that no character stands for (a begin-of-text) shows its own name."""
-        encoding = self._encode(self._backend, text, add_special_tokens)
+        encoding = self._encode(self.backend, text, add_special_tokens)
         return [
             TokenPiece(i, text[start:stop] if stop > start else token, start, stop)
             for i, token, (start, stop) in zip(
@@ -201,6 +202,8 @@ class Tokenizer:
         tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool
     ) -> tokenizers.Encoding:
         try:
+            if len(text) < _SHORT_CHARACTERS:
+                return tokenizer.encode(text, add_special_tokens=add_special_tokens)
             # a batch of one: ``encode`` holds the interpreter lock, for a second at a megabyte
             return tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         except (UnicodeEncodeError, TypeError):

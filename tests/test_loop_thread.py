@@ -40,6 +40,7 @@ def test_an_interrupt_here_cancels_there(thread: LoopThread) -> None:
 
     async def work() -> None:
         try:
+            await asyncio.sleep(0.1)  # until the main thread waits
             os.kill(os.getpid(), signal.SIGUSR1)  # as Ctrl-C comes: to the main thread
             await asyncio.Event().wait()
         finally:

@@ -109,6 +109,7 @@ def _check_greedy(
         print(f"{adapter}: token {i} is a tie, margin {margin:.1e}")
 
 
+@pytest.mark.slow
 def test_one_prompt(smollm2_dir: Path) -> None:
     _check(smollm2_dir, _PROMPTS[:1])
 

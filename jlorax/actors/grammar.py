@@ -59,6 +59,9 @@ class Compiler(Protocol):
     def compile(self, constraint: Constraint) -> Grammar:
         """Raises a JLoraxError that says what is wrong with it."""
 
+    def close(self) -> None:
+        """Ends what it has of processes."""
+
 
 class Grammars:
     """A sequence draws nothing while one of its tokens is here, so its matcher has one caller."""
@@ -87,6 +90,7 @@ class Grammars:
         finally:
             for threads in (self._compiling, self._masks):
                 threads.shutdown(wait=False, cancel_futures=True)
+            await asyncio.to_thread(self._compiler.close)
 
     async def _compile(self, message: CompileGrammar) -> None:
         """Always answers."""

@@ -35,7 +35,7 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: Tokenizer, width: int) -> Vocabulary | None:
         """None when its tokens are not pieces of a text (numbers, or words parted by spaces)."""
-        backend = tokenizer._backend
+        backend = tokenizer.backend
         reading = _reading(json.loads(backend.to_str())["decoder"])
         if reading is None:
             return None

@@ -61,6 +61,10 @@ class Compiler:
 
     def __init__(self) -> None:
         self.gate = threading.Event()
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def compile(self, constraint: Constraint) -> Any:
         match constraint.source:
@@ -115,6 +119,7 @@ def run(test: Callable[[Rig], Coroutine[Any, Any, None]]) -> None:
             actor.cancel()
             await asyncio.wait([actor])
         assert actor.cancelled()
+        assert rig.compiler.is_closed
 
     asyncio.run(whole())
 

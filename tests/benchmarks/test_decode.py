@@ -116,6 +116,7 @@ def test_a_quick_run_measures_and_writes(
     assert "closed zipf" in capsys.readouterr().out.splitlines()[-2]
 
 
+@pytest.mark.slow
 def test_a_spent_budget_still_shows_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -127,6 +128,7 @@ def test_a_spent_budget_still_shows_a_table(
     assert "out of time in round 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_visitors_upload_an_adapter_each_unless_they_share_one(tmp_path: Path) -> None:
     out = tmp_path / "decode.jsonl"
     shape = ["--shape", "tiny", "--dtype", "float32", "--rank", "4", "--page-size", "16"]

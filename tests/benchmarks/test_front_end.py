@@ -15,7 +15,7 @@ import pytest
 from benchmarks import front_end, front_end_load
 from benchmarks.__main__ import main
 from benchmarks.front_end import Plan, round_of
-from benchmarks.front_end_engine import StandInEngine, stamps_in
+from benchmarks.front_end_engine import DelayEngine, StandInEngine, StepEngine, stamps_in
 from benchmarks.front_end_load import Arrivals, Arrived, LoadFailed, Streamed, Streams, stream_of
 from benchmarks.front_end_processes import ProcessFailed, two_cores
 from jlorax.errors import Unavailable
@@ -33,9 +33,9 @@ class _Tokenizer(FakeTokenizer):
     eos_token_ids = (2,)
 
 
-def stand_in(step_s: float) -> StandInEngine:
+def stepped(step_s: float) -> StepEngine:
     tokenizer: Any = _Tokenizer()
-    return StandInEngine(tokenizer, "none", step_s)
+    return StepEngine(tokenizer, "none", step_s)
 
 
 async def events_of(engine: StandInEngine, num_tokens: int) -> list[TokenEvent]:
@@ -47,8 +47,8 @@ async def events_of(engine: StandInEngine, num_tokens: int) -> list[TokenEvent]:
 
 
 @in_loop
-async def test_the_stand_in_gives_all_open_requests_a_token_at_each_step() -> None:
-    engine, step_s = stand_in(0.01), 0.01
+async def test_steps_give_all_open_requests_a_token_at_each_step() -> None:
+    engine, step_s = stepped(0.01), 0.01
     loop = asyncio.get_running_loop()
     start_us = loop.time() * 1e6
     clock = asyncio.create_task(engine.run())
@@ -69,13 +69,25 @@ async def test_the_stand_in_gives_all_open_requests_a_token_at_each_step() -> No
 
 
 @in_loop
+async def test_a_delay_is_each_requests_own_and_holds_all_of_its_tokens() -> None:
+    tokenizer: Any = _Tokenizer()
+    engine = DelayEngine(tokenizer, "none", delay_s=0.02)
+    events = await events_of(engine, 3)
+    stamps = stamps_in("".join(event.token.text for event in events).encode())
+    waits_us = [stamp.due_us - stamp.arrived_us for stamp in stamps]
+    assert waits_us == pytest.approx([0.02 * 1e6] * 3, abs=1.0)
+    assert asyncio.get_running_loop().time() * 1e6 >= stamps[-1].due_us
+    assert events[-1].result is not None and engine.stats().num_running == 0
+
+
+@in_loop
 async def test_a_closed_request_gets_no_more_tokens() -> None:
-    engine = stand_in(0.001)
+    engine = stepped(0.001)
     clock = asyncio.create_task(engine.run())
     async with aclosing(engine.generate(GenerateRequest("hi"))) as events:
         await anext(events)
         assert engine.stats().num_running == 1
-    assert engine.stats().num_running == 0
+    assert engine.stats().num_running == len(engine._inboxes) == 0
     clock.cancel()
 
 
@@ -227,9 +239,9 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 
 def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, profile = tmp_path / "front-end.jsonl", tmp_path / "server.prof"
+    out = tmp_path / "front-end.jsonl"
     model = write_model(tmp_path / "model")
-    files = ["--out", str(out), "--profile", str(profile)]
+    files = ["--out", str(out), "--profile", str(tmp_path / "profiles")]
     assert main(["front-end", "--quick", "--rounds", "2", "--model", str(model), *files]) == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["kind"] for line in lines] == ["run", "round", "round", "summary"]
@@ -240,4 +252,5 @@ def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert line["chat_cpu_ms"] > 0 and line["token_cpu_us"] > 0
     assert set(lines[3]["medians"]) == {figure.what for figure in front_end.figures(Plan())}
     assert "streams carried whole: 10.00" in capsys.readouterr().out
-    assert profile.stat().st_size > 0
+    for server in ("delayed", "stepped"):
+        assert (tmp_path / "profiles" / f"{server}.prof").stat().st_size > 0

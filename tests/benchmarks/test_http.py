@@ -62,6 +62,7 @@ def test_an_unknown_setting_is_refused() -> None:
         main(["http", "--set", "max_batsch=4"])
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_both_sides(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -468,7 +468,7 @@ async def test_a_quick_run_measures_any_url(tmp_path: Path) -> None:
         tmp_path / "out.jsonl",
         ["slora-s1-2000", "hog", "loads-20", "closed-1000-zipf-warm"],
     )
-    async with serving(AnsweringEngine()) as server:
+    async with serving(AnsweringEngine(registered=Everybody())) as server:
         where = ["--url", server.url, "--quick", "--out", str(out), "--model-prefix", "p-"]
         assert await asyncio.to_thread(main, ["serving", *asked, *where]) == 0
         seen = server.engine.seen

@@ -92,7 +92,20 @@ def all_logprobs() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=MODELS)
+_BY_DEFAULT = (
+    "llama-gqa-tied",
+    "llama-dynamic",
+    "llama-yarn",
+    "mistral",
+    "falcon-40b",
+    "falcon-rw",
+)
+_SHAPES = [
+    pytest.param(name, marks=() if name in _BY_DEFAULT else pytest.mark.slow) for name in MODELS
+]
+
+
+@pytest.fixture(scope="module", params=_SHAPES)
 def folder(request: pytest.FixtureRequest, cache_dir: Path) -> Path:
     return MODELS[request.param].save(cache_dir / request.param)
 

@@ -35,19 +35,20 @@ _KEY: pytest.StashKey[ContractSession] = pytest.StashKey()
 def session_of(config: pytest.Config) -> ContractSession:
     """The one of this run of pytest: a session's fixture imported by two modules is made twice."""
     if _KEY not in config.stash:
-        config.stash[_KEY] = session = ContractSession()
-        config.add_cleanup(session.close)
+        config.stash[_KEY] = ContractSession()
+        config.pluginmanager.register(config.stash[_KEY])
     return config.stash[_KEY]
 
 
 class ContractSession:
-    """Everything is made when it is first asked for, and gone with ``close``."""
+    """Everything is made when it is first asked for, and gone when the tests are over."""
 
     def __init__(self) -> None:
         self._opened = ExitStack()
         self._pythons: dict[tuple[str, ...], Path] = {}
 
-    def close(self) -> None:
+    def pytest_sessionfinish(self) -> None:
+        """pytest's hook: later, a worker of a parallel run is not given the time."""
         self._opened.close()
 
     @cached_property

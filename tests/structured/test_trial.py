@@ -64,12 +64,21 @@ def test_memory_has_an_end() -> None:
         trials.close()
 
 
-def test_a_text_that_is_slow_or_ends_nowhere_is_found(trials: Trials) -> None:
+def test_a_step_has_an_end() -> None:
+    trials = Trials(TOKENS, (0,), Bounds(step_s=1e-9))
+    try:
+        slow = tried(trials, regex("a+")).refusal
+        assert slow is not None and slow.startswith("is too complex: token 0 of an answer took")
+    finally:
+        trials.close()
+
+
+def test_a_text_that_begins_nowhere_or_breaks_off_is_found(trials: Trials) -> None:
     nowhere = tried(trials, lark("start: start"))
     assert nowhere.refusal is not None and "NoExtension" in nowhere.refusal
-    ambiguous = " | ".join("e " * i for i in range(1, 120))
-    slow = tried(trials, lark(f'start: e\ne: {ambiguous} | "a"'))
-    assert slow.refusal is not None and "is too complex: token" in slow.refusal
+    options = " | ".join(f'"{i}a"' for i in range(9000))
+    wide = tried(trials, lark(f"start: {options}"))
+    assert wide.refusal is not None and "Current row has" in wide.refusal
 
 
 def test_a_process_that_was_ended_is_replaced(trials: Trials) -> None:
