@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jlorax.wire.fields import INT32_MAX
+from jlorax.wire.fields import INT32_MAX, MAX_TOKENIZED_CHARS
 from servers.openapi_parts import (
     ADAPTER,
     BODY,
@@ -172,8 +172,12 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "TokenizeRequest": request_body(
         {
-            "inputs": text("LoRAX's: a text, whose tokens come as a list."),
-            "prompt": text("vLLM's: a text, whose tokens come with a count."),
+            "inputs": text(
+                "LoRAX's: a text, whose tokens come as a list.", maxLength=MAX_TOKENIZED_CHARS
+            ),
+            "prompt": text(
+                "vLLM's: a text, whose tokens come with a count.", maxLength=MAX_TOKENIZED_CHARS
+            ),
             "messages": items(ref("Message"), "vLLM's: a conversation."),
             "model": text("Any: there is one tokenizer."),
             "add_special_tokens": flag("The tokenizer's, around a text.", default=True),

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from jlorax.wire.call import Call
 from jlorax.wire.native import parse_tokenize
+from jlorax.wire.strict_json import dumps
 from jlorax.wire.tokens import (
     is_vllm_tokenize,
     parse_detokenize,
@@ -45,13 +46,17 @@ def _parsed(body: dict[str, Any]) -> tuple[Call, bool] | tuple[str, bool]:
 async def _pieces(request: web.Request, text: str, special: bool) -> web.Response:
     """LoRAX's list, with the place of each token in the text."""
     tokenizer = request.app[ENGINE].tokenizer
-    pieces = await off_loop(len(text), lambda: tokenizer.tokenize_with_offsets(text, special))
-    return json_response(
-        [
-            {"id": id_, "text": piece, "start": start, "stop": stop}
-            for id_, piece, start, stop in pieces
-        ]
-    )
+
+    def listed() -> str:
+        return dumps(
+            [
+                {"id": id_, "text": piece, "start": start, "stop": stop}
+                for id_, piece, start, stop in tokenizer.tokenize_with_offsets(text, special)
+            ]
+        )
+
+    shown = await off_loop(len(text), listed)
+    return web.Response(text=shown, content_type="application/json")
 
 
 async def _ids(request: web.Request, call: Call, wants_texts: bool) -> web.Response:

@@ -124,6 +124,7 @@ def test_a_prompt_or_a_chat_to_tokenize() -> None:
     [
         ({"prompt": 3}, "`prompt` must be a string"),
         ({"prompt": None}, "must be a string, not null"),
+        ({"prompt": "x" * 262_145}, "at most 262144 characters, not 262145"),
         ({"prompt": "a", "messages": [USER]}, "`prompt` excludes `messages`"),
         ({"messages": []}, "`messages` must be a list with at least one"),
         ({"messages": [USER], "chat_template": "x"}, "chat_template"),

@@ -25,7 +25,7 @@ from jlorax.types import (
 )
 from jlorax.wire.call import Limits, Presentation
 from jlorax.wire.exposition import metrics_as_json
-from jlorax.wire.native import parse_native, render_answer
+from jlorax.wire.native import parse_native, parse_tokenize, render_answer
 from jlorax.wire.native_client import read_result, read_results, render_request
 from jlorax.wire.options import request_of
 from jlorax.wire.strict_json import dumps, parse_object
@@ -221,3 +221,9 @@ def test_metrics_as_lorax_shows_them_in_json() -> None:
             ],
         },
     }
+
+
+def test_a_text_to_cut_into_tokens_has_a_limit() -> None:
+    assert parse_tokenize({"inputs": "x" * 262_144}) == ("x" * 262_144, True)
+    with pytest.raises(InvalidParameter, match="at most 262144 characters, not 262145"):
+        parse_tokenize({"inputs": "x" * 262_145})

@@ -15,6 +15,7 @@ from jlorax.wire.strict_json import kind_of
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_CHARS = 1000
 MAX_ADAPTER_ID_CHARS = 256
+MAX_TOKENIZED_CHARS = 262_144  # of a text that is only cut into tokens: each becomes an object
 INT32_MAX = 2**31 - 1
 
 _ADAPTER_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@:+=-]*")

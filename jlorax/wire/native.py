@@ -44,7 +44,7 @@ from jlorax.wire.constraints import (
     parse_response_format,
     regex,
 )
-from jlorax.wire.fields import INT32_MAX, Fields, checked_token_ids
+from jlorax.wire.fields import INT32_MAX, MAX_TOKENIZED_CHARS, Fields, checked_token_ids
 from jlorax.wire.merges import with_adapter
 from jlorax.wire.strict_json import finite, kind_of
 from jlorax.wire.unsupported import refuse_unsupported
@@ -118,7 +118,7 @@ def parse_classify_batch(body: Mapping[str, Any]) -> list[str]:
 
 
 def _parse_text(fields: Fields) -> str:
-    text = fields.text("inputs")
+    text = fields.text("inputs", max_chars=MAX_TOKENIZED_CHARS)
     if text is None:
         raise fields.wrong("inputs", "must be a string, not null")
     return text

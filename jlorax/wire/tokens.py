@@ -8,7 +8,7 @@ from typing import Any
 
 from jlorax.types import GenerateRequest
 from jlorax.wire.call import Call, Limits, parse_messages
-from jlorax.wire.fields import Fields
+from jlorax.wire.fields import MAX_TOKENIZED_CHARS, Fields
 from jlorax.wire.openai import parse_chat_options
 from jlorax.wire.tools import parse_tools
 
@@ -25,7 +25,7 @@ def parse_tokenize_call(body: Mapping[str, Any]) -> tuple[Call, bool]:
     fields.text("model")
     wants_texts = fields.flag("return_token_strs")
     if fields.get("messages") is None:
-        prompt = fields.text("prompt")
+        prompt = fields.text("prompt", max_chars=MAX_TOKENIZED_CHARS)
         if prompt is None:
             raise fields.wrong("prompt", "must be a string, not null")
         special = fields.flag("add_special_tokens", default=True)
