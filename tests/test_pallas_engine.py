@@ -89,6 +89,7 @@ async def answers(config: EngineConfig) -> list[list[int]]:
         return list(found)
 
 
+@pytest.mark.slow
 def test_pallas_gives_the_tokens_of_xla(folders: Path) -> None:
     ours, xla = (
         asyncio.run(answers(config(folders, kernels))) for kernels in ("pallas_interpret", "xla")

@@ -87,6 +87,7 @@ def test_a_selection_without_cases_is_refused(tmp_path: Path) -> None:
         main(["decode", "--cases", "closed", "--kinds", "distinct", "--out", str(tmp_path / "x")])
 
 
+@pytest.mark.slow
 def test_a_quick_run_measures_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

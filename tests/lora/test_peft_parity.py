@@ -24,8 +24,23 @@ _TIE = 1e-4
 _PROMPT_TOKENS = 37  # several KV pages, and more than Mistral's window
 _LOGIT_TOKENS = 4
 _GREEDY_TOKENS = 64
-_CASES = [(family, case) for family, made in FAMILIES.items() for case in made.cases]
-_GROUPS = [(family, group) for family, made in FAMILIES.items() for group in made.groups(MAX_SLOTS)]
+_BY_DEFAULT = ("llama", "falcon new decoder")  # each family has executables of its own
+
+
+def _marks(family: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if family in _BY_DEFAULT else (pytest.mark.slow,)
+
+
+_CASES = [
+    pytest.param(family, case, marks=_marks(family))
+    for family, made in FAMILIES.items()
+    for case in made.cases
+]
+_GROUPS = [
+    pytest.param(family, group, marks=_marks(family))
+    for family, made in FAMILIES.items()
+    for group in made.groups(MAX_SLOTS)
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """The unmodified ``langchain-openai`` and ``langchain-huggingface`` against a server process
-(marker ``contract``)."""
+(marker ``contract_heavy``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from tests.servers.contract_cases import ADAPTER, BASE, PROMPT
 from tests.servers.contract_session import ContractSession, Outcomes, session_of
 
-pytestmark = pytest.mark.contract
+pytestmark = pytest.mark.contract_heavy
 # langchain-huggingface pins huggingface-hub < 2; langsmith would put a plugin into every pytest
 PACKAGES = ("langchain-openai==1.7.4", "langchain-huggingface==1.2.3", "litellm==1.110.2")
 

@@ -1,5 +1,5 @@
 """The unmodified ``litellm`` against a server process, by each provider that a self-hosted server
-can be (marker ``contract``)."""
+can be (marker ``contract_heavy``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.servers.contract_cases import ADAPTER, BASE, PROMPT
 from tests.servers.contract_session import ContractSession, Outcomes, session_of
 from tests.servers.test_contract_langchain import PACKAGES
 
-pytestmark = pytest.mark.contract
+pytestmark = pytest.mark.contract_heavy
 CHATS = ("openai", "hosted_vllm", "huggingface")
 
 

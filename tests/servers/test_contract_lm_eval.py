@@ -1,4 +1,4 @@
-"""The unmodified ``lm-eval`` (local-completions) against a server process (marker ``contract``).
+"""The unmodified ``lm-eval`` (local-completions) against a server process (``contract_heavy``).
 
 It sends token ids with ``echo`` and ``logprobs`` and reads the log-probabilities of the prompt;
 transformers and peft say what those are.
@@ -19,7 +19,7 @@ from tests.servers.process import ROOT
 torch: Any = pytest.importorskip("torch")
 peft: Any = pytest.importorskip("peft")
 transformers: Any = pytest.importorskip("transformers")
-pytestmark = pytest.mark.contract
+pytestmark = pytest.mark.contract_heavy
 
 PACKAGE = "lm-eval[api]==0.4.13"
 QUESTIONS = ROOT / "tests" / "servers" / "contract_tasks" / "questions.jsonl"
