@@ -486,6 +486,7 @@ async def test_a_quick_run_measures_any_url(tmp_path: Path) -> None:
     assert summaries["slora-s1-2000"]["value"] == pytest.approx(rates[0] / rates[1])
 
 
+@pytest.mark.slow
 def test_a_quick_run_in_process_finds_the_tiers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -304,7 +304,7 @@ NOT_THERE = "no adapter is named 'nope'"
 @pytest.mark.parametrize(
     ("error", "status", "error_type", "says"),
     [
-        (PromptTooLong(300, 5, 256), 422, "validation", "Input validation error: the prompt has"),
+        (PromptTooLong(300, 5, 256), 422, "validation", "Input validation error: the prompt is"),
         (InvalidRequest("no template"), 422, "validation", "no template"),
         (AdapterInvalid("x", "f.json", "r is 0"), 422, "adapter_invalid", "f.json: r is 0"),
         (Overloaded("the queue is full: 256", 1.2), 429, "overloaded", "256"),
