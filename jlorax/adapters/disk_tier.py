@@ -23,7 +23,7 @@ from jlorax.errors import ConfigError
 
 SUFFIX = ".lora"
 TEMPORARY_PREFIX, TEMPORARY_SUFFIX = ".jlorax-", ".tmp"
-_STALE_SOURCES = 1024  # whose files are gone, before the index is cleaned of them
+_SPARE_LINES = 1024  # that say nothing any more, before the index is written anew
 INDEX_FILE = "index.jsonl"
 MAX_INDEX_BYTES = 256 * 2**20
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -43,7 +43,9 @@ class DiskTier:
         self.used_bytes = 0
         self.evictions = self.damaged = self.failed_writes = 0
         self._sizes: OrderedDict[str, int] = OrderedDict()  # digest -> bytes, oldest use first
-        self._index: dict[str, str] = {}
+        self._index: dict[str, str] = {}  # source -> digest of a file that is here
+        self._sources: dict[str, set[str]] = {}  # digest -> whom the index sent to it
+        self._num_lines = 0  # of the index's file
         self._prepare()
         self._clean()
         self._read_index()
@@ -52,7 +54,7 @@ class DiskTier:
     def find(self, source: str) -> Path | None:
         """The file of this source's content, which counts as used now. None: not here."""
         digest = self._index.get(source)
-        if digest is None or digest not in self._sizes:
+        if digest is None:
             return None
         self._sizes.move_to_end(digest)
         path = self._path(digest)
@@ -65,7 +67,7 @@ class DiskTier:
     def size_bytes(self, source: str) -> int | None:
         """Of the file that ``find`` finds; this is no use."""
         digest = self._index.get(source)
-        return None if digest is None else self._sizes.get(digest)
+        return None if digest is None else self._sizes[digest]
 
     def take(self, source: str, digest: str, path: Path, size_bytes: int) -> list[Path]:
         """Takes in a file that was written under a temporary name here.
@@ -86,8 +88,8 @@ class DiskTier:
 
     def drop(self, source: str) -> list[Path]:
         """Forgets a source's file, which turned out to be damaged; returns it."""
-        digest = self._index.pop(source, None)
-        if digest is None or digest not in self._sizes:
+        digest = self._index.get(source)
+        if digest is None:
             return []
         self.damaged += 1
         return [self._forget(digest)]
@@ -112,15 +114,21 @@ class DiskTier:
         if self._index.get(source) == digest:
             return
         self._index[source] = digest
-        if len(self._index) > 2 * len(self._sizes) + _STALE_SOURCES:
-            self._index = {s: d for s, d in self._index.items() if d in self._sizes}
-            self._rewrite_index(self.folder / INDEX_FILE)
+        self._sources.setdefault(digest, set()).add(source)
+        path = self.folder / INDEX_FILE
+        if self._num_lines > 2 * len(self._index) + _SPARE_LINES:
+            self._rewrite_index(path)
             return
-        with (self.folder / INDEX_FILE).open("ab", buffering=0) as file:
+        with path.open("ab", buffering=0) as file:
             file.write(_line(source, digest))
+        self._num_lines += 1
 
     def _forget(self, digest: str) -> Path:
+        """The file, and every source that it was the file of."""
         self.used_bytes -= self._sizes.pop(digest)
+        for source in self._sources.pop(digest, ()):
+            if self._index.get(source) == digest:
+                del self._index[source]
         return self._path(digest)
 
     def _make_room(self, size_bytes: int) -> list[Path]:
@@ -165,6 +173,9 @@ class DiskTier:
             return
         pairs = _pairs(data)
         self._index = {source: digest for source, digest in pairs if digest in self._sizes}
+        for source, digest in self._index.items():
+            self._sources.setdefault(digest, set()).add(source)
+        self._num_lines = len(self._index)
         if b"".join(_line(*pair) for pair in self._index.items()) != data:
             self._rewrite_index(path)
 
@@ -174,6 +185,7 @@ class DiskTier:
         with os.fdopen(descriptor, "wb") as file:
             file.writelines(_line(*pair) for pair in self._index.items())
         os.replace(temporary, path)
+        self._num_lines = len(self._index)
 
     def _path(self, digest: str) -> Path:
         return self.folder / f"{digest}{SUFFIX}"

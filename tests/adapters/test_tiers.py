@@ -192,6 +192,18 @@ def test_the_index_forgets_sources_whose_files_went(tmp_path: Path) -> None:
     assert again.find("merge 1499") is not None and again.find("merge 0") is None
 
 
+def test_names_of_equal_content_do_not_make_the_index_be_written_again(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 250)
+    index = tmp_path / "index.jsonl"
+    put(tier, 1, source="name 0")
+    number = index.stat().st_ino
+    for i in range(1, 1500):
+        put(tier, 1, source=f"name {i}")
+    assert index.stat().st_ino == number and len(index.read_bytes().splitlines()) == 1500
+    put(tier, 2, size=200)
+    assert all(tier.find(f"name {i}") is None for i in range(1500)) and len(tier) == 1
+
+
 def test_a_disk_that_will_not_is_a_counter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tier = DiskTier(tmp_path, 1000)
 
