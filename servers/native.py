@@ -23,11 +23,10 @@ from jlorax.wire.native import (
     render_answer,
     render_event,
 )
-from servers.failures import error_body, unexpected
+from servers.failures import error_body
 from servers.serving import (
     CONFIG,
     ENGINE,
-    SSE_COMMENT,
     adapter_name,
     answer_headers,
     answers,
@@ -42,7 +41,8 @@ from servers.serving import (
     tenant_of,
     tokenized,
 )
-from servers.sse import SseStream, sse_stream
+from servers.sse import SseStream
+from servers.streaming import stream_answer
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -201,18 +201,14 @@ async def _stream(request: web.Request, call: Call) -> web.StreamResponse:
     engine = request.app[ENGINE]
     headers = common_headers(engine, call)
     call = await tokenized(engine, call)
-    async with sse_stream(request, headers, request.app[SSE_COMMENT]) as stream:
-        try:
-            await _send_events(request, call, stream)
-        except ConnectionError:
-            raise
-        except Exception as error:
-            if not stream.is_open:
-                raise
-            failure = error if isinstance(error, JLoraxError) else unexpected(error)
-            notes_of(request).failure = failure.code
-            await stream.send(error_body(failure, openai=False)[1])
-        return await stream.finish()
+
+    async def send(stream: SseStream) -> None:
+        await _send_events(request, call, stream)
+
+    async def send_failure(stream: SseStream, failure: JLoraxError) -> None:
+        await stream.send(error_body(failure, openai=False)[1])
+
+    return await stream_answer(request, headers, send, send_failure)
 
 
 async def _send_events(request: web.Request, call: Call, stream: SseStream) -> None:

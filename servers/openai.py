@@ -8,10 +8,9 @@ from aiohttp import web
 
 from jlorax.errors import JLoraxError
 from jlorax.wire import openai as wire
-from servers.failures import error_body, unexpected
+from servers.failures import error_body
 from servers.serving import (
     ENGINE,
-    SSE_COMMENT,
     adapter_name,
     answer_headers,
     answers,
@@ -23,7 +22,8 @@ from servers.serving import (
     tokenized,
 )
 from servers.showing import ChatShow, CompletionShow, Show
-from servers.sse import SseStream, sse_stream
+from servers.sse import SseStream
+from servers.streaming import stream_answer
 from servers.tools import with_tools
 
 
@@ -59,19 +59,15 @@ async def _answer(request: web.Request, show: Show, headers: dict[str, str]) -> 
 
 async def _stream(request: web.Request, show: Show, headers: dict[str, str]) -> web.StreamResponse:
     """An error after the first chunk is a last ``data: {"error"}``, without [DONE]."""
-    async with sse_stream(request, headers, request.app[SSE_COMMENT]) as stream:
-        try:
-            await _send_chunks(request, show, stream)
-            await stream.send_done()
-        except ConnectionError:
-            raise
-        except Exception as error:
-            if not stream.is_open:
-                raise
-            failure = error if isinstance(error, JLoraxError) else unexpected(error)
-            notes_of(request).failure = failure.code
-            await stream.send(error_body(failure, openai=True)[1])
-        return await stream.finish()
+
+    async def send(stream: SseStream) -> None:
+        await _send_chunks(request, show, stream)
+        await stream.send_done()
+
+    async def send_failure(stream: SseStream, failure: JLoraxError) -> None:
+        await stream.send(error_body(failure, openai=True)[1])
+
+    return await stream_answer(request, headers, send, send_failure)
 
 
 async def _send_chunks(request: web.Request, show: Show, stream: SseStream) -> None:

@@ -13,10 +13,9 @@ from jlorax.types import TokenEvent
 from jlorax.wire.call import Call
 from jlorax.wire.responses import parse_response
 from jlorax.wire.responses_answers import Event, ResponseWriter
-from servers.failures import error_body, unexpected
+from servers.failures import error_body
 from servers.serving import (
     ENGINE,
-    SSE_COMMENT,
     adapter_name,
     answer_headers,
     answers,
@@ -30,7 +29,8 @@ from servers.serving import (
     read_call,
     tokenized,
 )
-from servers.sse import SseStream, sse_stream
+from servers.sse import SseStream
+from servers.streaming import stream_answer
 from servers.tools import AnswerReader, with_tools
 
 
@@ -60,20 +60,13 @@ async def responses(request: web.Request) -> web.StreamResponse:
 async def _stream(
     request: web.Request, call: Call, writer: ResponseWriter, headers: dict[str, str]
 ) -> web.StreamResponse:
-    """It begins with the first token, so that an error before has its own status; an error after
-    it is a last event."""
-    async with sse_stream(request, headers, request.app[SSE_COMMENT]) as stream:
-        try:
-            await _send_events(request, call, writer, stream)
-        except ConnectionError:
-            raise
-        except Exception as error:
-            if not stream.is_open:
-                raise
-            failure = error if isinstance(error, JLoraxError) else unexpected(error)
-            notes_of(request).failure = failure.code
-            await _send(stream, writer.failed(error_body(failure, openai=True)[1]))
-        return await stream.finish()
+    async def send(stream: SseStream) -> None:
+        await _send_events(request, call, writer, stream)
+
+    async def send_failure(stream: SseStream, failure: JLoraxError) -> None:
+        await _send(stream, writer.failed(error_body(failure, openai=True)[1]))
+
+    return await stream_answer(request, headers, send, send_failure)
 
 
 async def _send_events(
