@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,14 +15,10 @@ from typing import Any
 
 from benchmarks.front_end_load import Arrivals, Arrived, Streamed, Streams
 from benchmarks.front_end_server import LISTENING
+from benchmarks.http_processes import ProcessFailed, failure_of, free_port
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 _STOP_DEADLINE_S = 60.0
-_LOG_LINES = 15  # of a dead process's log, shown in the error
-
-
-class ProcessFailed(Exception):
-    """One of them ended before its time; the message carries the end of its log."""
 
 
 def two_cores() -> tuple[int, int]:
@@ -64,8 +59,7 @@ class Child:
         if line := self._process.stdout.readline():
             return line.strip()
         self._process.wait()
-        last = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        raise ProcessFailed("\n".join([f"{' '.join(self._command)} failed:", *last]))
+        raise failure_of(" ".join(self._command), self._log)
 
     def close(self) -> None:
         self._process.send_signal(signal.SIGTERM)
@@ -134,7 +128,7 @@ def front_end(
     with ExitStack() as opened:
 
         def serve(name: str, *clock: str) -> Server:
-            port = _free_port()
+            port = free_port()
             profiling = [] if profiles is None else _profiling(profiles / f"{name}.prof")
             fixed = [f"--core={core}", f"--port={port}", f"--model={model}"]
             command = [*profiling, "-m", "benchmarks.front_end_server", *fixed, *clock]
@@ -152,10 +146,3 @@ def front_end(
 def _profiling(file: Path) -> list[str]:
     file.parent.mkdir(parents=True, exist_ok=True)
     return ["-m", "cProfile", "-o", str(file.absolute())]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

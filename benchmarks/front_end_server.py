@@ -17,11 +17,10 @@ from typing import cast
 from benchmarks.front_end_engine import DelayEngine, StandInEngine, StepEngine
 from jlorax.config import ServerConfig
 from jlorax.tokenizer import Tokenizer
-from servers.rest import create_app, run_server
+from servers.rest import OBJECTS_PER_COLLECTION, create_app, run_server
 from servers.serving import ServedEngine
 
 LISTENING = "listening"
-_OBJECTS_PER_COLLECTION = 20_000  # as servers.serve
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO)  # a line a request, as the command line has it
     engine = _engine(arguments)
     gc.freeze()
-    gc.set_threshold(_OBJECTS_PER_COLLECTION)
+    gc.set_threshold(OBJECTS_PER_COLLECTION)
     asyncio.run(_serve(engine, arguments.port))
 
 

@@ -28,6 +28,11 @@ class ProcessFailed(Exception):
     """One of them ended before its time; the message carries the end of its log."""
 
 
+def failure_of(what: str, log: Path) -> ProcessFailed:
+    lines = log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+    return ProcessFailed("\n".join([f"{what} failed:", *lines]))
+
+
 class _Process:
     """Ends with the ``with`` block."""
 
@@ -52,8 +57,7 @@ class _Process:
             self._process.wait()
 
     def failed(self) -> ProcessFailed:
-        lines = self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        return ProcessFailed("\n".join([f"{self._module} failed:", *lines]))
+        return failure_of(self._module, self._log)
 
     def __exit__(
         self,
@@ -68,7 +72,7 @@ class ServeProcess(_Process):
     """``jlorax serve`` with these settings, ready when built; ``ready_s`` includes imports."""
 
     def __init__(self, settings: Mapping[str, str], log: Path, deadline_s: float) -> None:
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
         start_s = time.perf_counter()
@@ -123,7 +127,7 @@ class LoadProcess(_Process):
         return Answered(**json.loads(line))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

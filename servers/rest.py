@@ -20,6 +20,7 @@ from servers.serving import CONFIG, ENGINE, SSE_COMMENT, SSE_COMMENT_S, ServedEn
 
 log = logging.getLogger("jlorax.http")
 
+OBJECTS_PER_COLLECTION = 20_000  # Python's 700 are a few hundred tokens; jax joins in each
 CLOSE_DEADLINE_S = 2.0
 _CUT_OFF_S = 0.1  # for each running handler to end, when nobody wants to wait
 _BACKLOG = 1024  # connections that come at once; one that finds no room tries again after a second

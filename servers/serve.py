@@ -12,12 +12,10 @@ from jlorax.engine import Engine
 from jlorax.errors import ConfigError
 from jlorax.models.config import read_config
 from servers.progress import StartProgress
-from servers.rest import create_app, run_server
+from servers.rest import OBJECTS_PER_COLLECTION, create_app, run_server
 from servers.tables import memory_table, show
 
 log = logging.getLogger("jlorax")
-
-_OBJECTS_PER_COLLECTION = 20_000  # Python's 700 are a few hundred tokens, and jax joins in each
 
 
 async def serve(config: EngineConfig, server: ServerConfig) -> int:
@@ -25,7 +23,7 @@ async def serve(config: EngineConfig, server: ServerConfig) -> int:
     check_port(server)
     with StartProgress() as progress:
         engine = await Engine.start(config, progress)
-    gc.set_threshold(_OBJECTS_PER_COLLECTION)
+    gc.set_threshold(OBJECTS_PER_COLLECTION)
     async with engine:
         log.info(
             "ready: %s on %s, %d slots",
