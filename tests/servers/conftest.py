@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.servers.contract_session import ContractSession
 from tests.servers.process import ServerProcess, start_server, write_adapter, write_model
 
 # lorax-client pins huggingface-hub < 1: it cannot live beside the transformers that serve
@@ -42,3 +43,10 @@ def contract_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
     yield server
     server.process.kill()
     server.process.wait()
+
+
+@pytest.fixture(scope="session")
+def session() -> Iterator[ContractSession]:
+    session = ContractSession()
+    yield session
+    session.close()

@@ -15,8 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.servers.contract_cases import ADAPTER, BASE
 from tests.servers.process import ROOT, ServerProcess, start_server, write_adapter, write_model
 
@@ -29,15 +27,6 @@ _ALONE = {
     "LANGSMITH_TRACING": "false",
     "DO_NOT_TRACK": "1",
 }
-_KEY: pytest.StashKey[ContractSession] = pytest.StashKey()
-
-
-def session_of(config: pytest.Config) -> ContractSession:
-    """The one of this run of pytest: a session's fixture imported by two modules is made twice."""
-    if _KEY not in config.stash:
-        config.stash[_KEY] = ContractSession()
-        config.pluginmanager.register(config.stash[_KEY])
-    return config.stash[_KEY]
 
 
 class ContractSession:
@@ -47,8 +36,7 @@ class ContractSession:
         self._opened = ExitStack()
         self._pythons: dict[tuple[str, ...], Path] = {}
 
-    def pytest_sessionfinish(self) -> None:
-        """pytest's hook: later, a worker of a parallel run is not given the time."""
+    def close(self) -> None:
         self._opened.close()
 
     @cached_property

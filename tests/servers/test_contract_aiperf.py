@@ -10,17 +10,12 @@ from typing import Any
 import pytest
 
 from tests.servers.contract_cases import ADAPTER
-from tests.servers.contract_session import OTHER_ADAPTER, ContractSession, run, session_of
+from tests.servers.contract_session import OTHER_ADAPTER, ContractSession, run
 
 pytestmark = pytest.mark.contract_heavy
 
 PACKAGE = "aiperf==0.13.0"
 NUM_REQUESTS, NUM_OUT = 6, 5
-
-
-@pytest.fixture(scope="module")
-def session(pytestconfig: pytest.Config) -> ContractSession:
-    return session_of(pytestconfig)
 
 
 def profile(session: ContractSession, folder: Path, *flags: str) -> dict[str, Any]:

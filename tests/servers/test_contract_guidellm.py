@@ -10,17 +10,12 @@ from typing import Any
 import pytest
 
 from tests.servers.contract_cases import ADAPTER
-from tests.servers.contract_session import ContractSession, run, session_of
+from tests.servers.contract_session import ContractSession, run
 
 pytestmark = pytest.mark.contract_heavy
 
 PACKAGE = "guidellm==0.8.1"
 NUM_REQUESTS, NUM_OUT = 4, 5
-
-
-@pytest.fixture(scope="module")
-def session(pytestconfig: pytest.Config) -> ContractSession:
-    return session_of(pytestconfig)
 
 
 @pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])

@@ -6,16 +6,11 @@ from __future__ import annotations
 import pytest
 
 from tests.servers.contract_cases import ADAPTER, BASE, PROMPT
-from tests.servers.contract_session import ContractSession, Outcomes, session_of
+from tests.servers.contract_session import ContractSession, Outcomes
 
 pytestmark = pytest.mark.contract_heavy
 # langchain-huggingface pins huggingface-hub < 2; langsmith would put a plugin into every pytest
 PACKAGES = ("langchain-openai==1.7.4", "langchain-huggingface==1.2.3", "litellm==1.110.2")
-
-
-@pytest.fixture(scope="module")
-def session(pytestconfig: pytest.Config) -> ContractSession:
-    return session_of(pytestconfig)
 
 
 @pytest.fixture(scope="module")

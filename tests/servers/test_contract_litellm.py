@@ -6,16 +6,11 @@ from __future__ import annotations
 import pytest
 
 from tests.servers.contract_cases import ADAPTER, BASE, PROMPT
-from tests.servers.contract_session import ContractSession, Outcomes, session_of
+from tests.servers.contract_session import ContractSession, Outcomes
 from tests.servers.test_contract_langchain import PACKAGES
 
 pytestmark = pytest.mark.contract_heavy
 CHATS = ("openai", "hosted_vllm", "huggingface")
-
-
-@pytest.fixture(scope="module")
-def session(pytestconfig: pytest.Config) -> ContractSession:
-    return session_of(pytestconfig)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.servers.contract_cases import ADAPTER, BASE
-from tests.servers.contract_session import ContractSession, Outcomes, session_of
+from tests.servers.contract_session import ContractSession, Outcomes
 from tests.servers.process import ROOT
 
 torch: Any = pytest.importorskip("torch")
@@ -27,11 +27,6 @@ ADAPTERS = {"base": None, "adapter": ADAPTER}
 _TOLERANCE = 1e-3  # float32, sums of some twenty logarithms of up to 10
 
 Scores = Callable[[list[int], int], tuple[float, bool]]
-
-
-@pytest.fixture(scope="module")
-def session(pytestconfig: pytest.Config) -> ContractSession:
-    return session_of(pytestconfig)
 
 
 @pytest.fixture(scope="module")
