@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from jlorax.defaults import configured, default_cache_dir
 from jlorax.engine import Engine
 from jlorax.errors import InvalidParameter, RequestCancelled
 from jlorax.loop_thread import LoopThread
+from jlorax.together import together
 from jlorax.types import (
     AdapterInfo,
     EmbedRequest,
@@ -150,7 +151,7 @@ class LLM:
             return self._thread.run(self._answer(self._call(prompts, options)))
         each = _per_prompt(options, adapter_ids, len(prompts))
         calls = [self._call(prompt, own) for prompt, own in zip(prompts, each, strict=True)]
-        return self._thread.run(_together([self._answer(call) for call in calls]))
+        return self._thread.run(together([self._answer(call) for call in calls]))
 
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[TokenEvent]:
         """The answer token by token; the last event has the result. Leaving early cancels."""
@@ -183,7 +184,7 @@ class LLM:
             return self._thread.run(self._answer(self._call("", options, messages)))
         each = _per_prompt(options, adapter_ids, len(messages))
         calls = [self._call("", own, one) for one, own in zip(messages, each, strict=True)]
-        return self._thread.run(_together([self._answer(call) for call in calls]))
+        return self._thread.run(together([self._answer(call) for call in calls]))
 
     def stream_chat(
         self, messages: Sequence[Message], **options: Unpack[Options]
@@ -196,7 +197,7 @@ class LLM:
     ) -> list[tuple[float, ...]]:
         """A vector for each prompt, of the model's width."""
         call = parse_embeddings(render_embed(prompts, adapter_id), self._limits)
-        return self._thread.run(_together([self._embedded(asked) for asked in call.requests]))
+        return self._thread.run(together([self._embedded(asked) for asked in call.requests]))
 
     def tokenize(self, text: str, add_special_tokens: bool = True) -> list[TextPiece]:
         """The model's tokens of a text, each with its place there."""
@@ -264,17 +265,6 @@ class LLM:
 
     async def _stats(self) -> EngineStats:
         return self._engine.stats()
-
-
-async def _together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """All at once; one failure cancels the others."""
-    tasks = [asyncio.create_task(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _config(

@@ -71,6 +71,7 @@ class SamplingParams:
 
 
 MAX_LOGIT_BIASES = 300  # tokens that one request may favour or disfavour, as with OpenAI
+MAX_MERGED_ADAPTERS = 16
 
 
 class ConstraintKind(Enum):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jlorax.types import MAX_LOGIT_BIASES, MajoritySign, MergeStrategy
+from jlorax.types import MAX_LOGIT_BIASES, MAX_MERGED_ADAPTERS, MajoritySign, MergeStrategy
 from jlorax.wire.call import MAX_SEED, MAX_TEMPERATURE, MAX_TOP_LOGPROBS
 from jlorax.wire.constraints import MAX_CHOICES, MAX_LOGIT_BIAS
 from jlorax.wire.fields import INT32_MAX, MAX_ADAPTER_ID_CHARS, MAX_STOP_CHARS, MAX_STOP_SEQUENCES
@@ -10,7 +10,6 @@ from jlorax.wire.merges import (
     MAX_ADAPTER_SCALE,
     MAX_MERGE_SEED,
     MAX_MERGE_WEIGHT,
-    MAX_MERGED_ADAPTERS,
     MAX_MERGED_RANK,
 )
 from servers.openapi_parts import (

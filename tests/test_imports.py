@@ -50,9 +50,10 @@ ALLOWED: dict[str, set[str]] = {
     "jlorax.client": PLAIN | {"jlorax.wire", "jlorax.client_http", "jlorax.loop_thread", "aiohttp"},
     "jlorax.client_http": PLAIN | {"jlorax.wire", "aiohttp", "yarl"},
     "jlorax.loop_thread": PLAIN,
+    "jlorax.together": set(),
     "servers": PLAIN
     | {"jlorax.engine", "jlorax.assembly", "jlorax.wire", "jlorax.config", "jlorax.demo"}
-    | {"jlorax.defaults"}
+    | {"jlorax.defaults", "jlorax.together"}
     | {"jlorax.tokenizer", "jlorax.metrics", "jlorax.client", "jlorax.models.config"}
     | {"jlorax.structured"}
     | {"aiohttp", "yaml", "rich"},

@@ -29,9 +29,14 @@ import numpy as np
 
 from jlorax.adapters.peft import Adapter, AdapterConfig, LayerWeights, all_finite
 from jlorax.errors import AdapterInvalid, InvalidParameter, InvalidRequest
-from jlorax.types import AdapterMerge, GenerateRequest, MajoritySign, MergeStrategy
+from jlorax.types import (
+    MAX_MERGED_ADAPTERS,
+    AdapterMerge,
+    GenerateRequest,
+    MajoritySign,
+    MergeStrategy,
+)
 
-MAX_PARTS = 16
 _FORMAT = 1  # raised when equal merges come to give other values, so that no kept one is used
 _MAX_NAMED = 4  # adapters shown in one message
 _MAX_F32 = float(np.finfo(np.float32).max)
@@ -74,8 +79,8 @@ def merge_of(request: GenerateRequest) -> AdapterMerge | None:
 def check_merge(merge: AdapterMerge) -> None:
     """Raises InvalidParameter for what no adapters can make right."""
     num_parts = len(merge.adapter_ids)
-    if not 1 <= num_parts <= MAX_PARTS:
-        raise _wrong("adapter_ids", f"must be 1 to {MAX_PARTS}, not {num_parts}")
+    if not 1 <= num_parts <= MAX_MERGED_ADAPTERS:
+        raise _wrong("adapter_ids", f"must be 1 to {MAX_MERGED_ADAPTERS}, not {num_parts}")
     if len(merge.weights) != num_parts:
         raise _wrong("weights", f"must be {num_parts}, one an adapter, not {len(merge.weights)}")
     if wrong := [weight for weight in merge.weights if not math.isfinite(weight)]:

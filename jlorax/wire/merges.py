@@ -13,12 +13,17 @@ from dataclasses import replace
 from enum import Enum
 from typing import TypeVar
 
-from jlorax.types import AdapterMerge, GenerateRequest, MajoritySign, MergeStrategy
+from jlorax.types import (
+    MAX_MERGED_ADAPTERS,
+    AdapterMerge,
+    GenerateRequest,
+    MajoritySign,
+    MergeStrategy,
+)
 from jlorax.wire.call import BASE_NAMES, Limits, parse_adapter_source
 from jlorax.wire.fields import Fields, checked_adapter_id
 from jlorax.wire.strict_json import kind_of
 
-MAX_MERGED_ADAPTERS = 16
 MAX_MERGE_WEIGHT = 100.0
 MAX_MERGED_RANK = 256
 MAX_MERGE_SEED = 2**32 - 1

@@ -38,32 +38,18 @@ def render_request(
 ) -> dict[str, Any]:
     sampling = request.sampling
     parameters: dict[str, Any] = {
+        **shared_fields(request),
         "adapter_id": request.adapter_id,
-        "adapter_source": request.adapter_source,
-        "merged_adapters": None if request.merge is None else merge_as_json(request.merge),
-        "adapter_scale": None if request.adapter_scale == 1.0 else request.adapter_scale,
         "do_sample": sampling.temperature > 0,
-        "temperature": sampling.temperature,
         "top_k": sampling.top_k or None,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "typical_p": sampling.typical_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "presence_penalty": sampling.presence_penalty,
-        "seed": sampling.seed,
         "best_of": best_of,
         "max_new_tokens": request.max_new_tokens,
         "min_new_tokens": request.min_new_tokens,
-        "stop": list(request.stop),
-        "stop_token_ids": list(request.stop_token_ids),
         "ignore_eos_token": request.ignore_eos,
         "include_stop_text": request.include_stop_text,
         "truncate": request.truncate,
         "return_k_alternatives": request.num_top_logprobs or None,
         "decoder_input_details": request.prompt_logprobs,
-        "structured_outputs": constraint_as_json(request.constraint),
-        "logit_bias": {str(token): bias for token, bias in request.logit_bias},
         "details": True,
         "return_token_ids": True,
     }
@@ -72,7 +58,29 @@ def render_request(
     return {"inputs": prompt if messages is None else messages, "parameters": given}
 
 
-def merge_as_json(merge: AdapterMerge) -> dict[str, Any]:
+def shared_fields(request: GenerateRequest) -> dict[str, Any]:
+    """What LoRAX's parameters and OpenAI's bodies call by the same names; None: not given."""
+    sampling = request.sampling
+    return {
+        "adapter_source": request.adapter_source,
+        "merged_adapters": None if request.merge is None else _merge_as_json(request.merge),
+        "adapter_scale": None if request.adapter_scale == 1.0 else request.adapter_scale,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "typical_p": sampling.typical_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "presence_penalty": sampling.presence_penalty,
+        "seed": sampling.seed,
+        "stop": list(request.stop),
+        "stop_token_ids": list(request.stop_token_ids),
+        "structured_outputs": _constraint_as_json(request.constraint),
+        "logit_bias": {str(token): bias for token, bias in request.logit_bias},
+    }
+
+
+def _merge_as_json(merge: AdapterMerge) -> dict[str, Any]:
     shown = {
         "ids": list(merge.adapter_ids),
         "weights": list(merge.weights),
@@ -95,7 +103,7 @@ _ASKED_AS = {
 }
 
 
-def constraint_as_json(constraint: Constraint | None) -> dict[str, Any] | None:
+def _constraint_as_json(constraint: Constraint | None) -> dict[str, Any] | None:
     """As vLLM's structured_outputs, the one form that has a word for every kind."""
     if constraint is None:
         return None

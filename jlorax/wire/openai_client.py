@@ -12,7 +12,7 @@ from typing import Any
 from jlorax.errors import InvalidParameter
 from jlorax.types import GenerateRequest
 from jlorax.wire.call import ToolCall
-from jlorax.wire.native_client import constraint_as_json, merge_as_json
+from jlorax.wire.native_client import shared_fields
 from jlorax.wire.options import Message, Prompt
 
 
@@ -45,30 +45,15 @@ class ChatAnswer:
 def render_chat(messages: Sequence[Message], request: GenerateRequest) -> dict[str, Any]:
     """The body of /v1/chat/completions. InvalidParameter for what that route cannot do."""
     _refuse_native(request)
-    sampling = request.sampling
     fields: dict[str, Any] = {
+        **shared_fields(request),
         "model": request.adapter_id or "",
         "messages": [dict(message) for message in messages],
-        "adapter_source": request.adapter_source,
-        "merged_adapters": None if request.merge is None else merge_as_json(request.merge),
-        "adapter_scale": None if request.adapter_scale == 1.0 else request.adapter_scale,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "typical_p": sampling.typical_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        "frequency_penalty": sampling.frequency_penalty,
-        "presence_penalty": sampling.presence_penalty,
-        "seed": sampling.seed,
+        "top_k": request.sampling.top_k,
         "max_tokens": request.max_new_tokens,
         "min_tokens": request.min_new_tokens,
-        "stop": list(request.stop),
-        "stop_token_ids": list(request.stop_token_ids),
         "ignore_eos": request.ignore_eos,
         "include_stop_str_in_output": request.include_stop_text,
-        "structured_outputs": constraint_as_json(request.constraint),
-        "logit_bias": {str(token): bias for token, bias in request.logit_bias},
     }
     return {name: value for name, value in fields.items() if value is not None}
 

@@ -19,7 +19,6 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from jlorax.adapters.merge import (  # noqa: E402
-    MAX_PARTS,
     Masks,
     check_merge,
     merge_adapters,
@@ -35,6 +34,7 @@ from jlorax.adapters.registry import is_valid_id  # noqa: E402
 from jlorax.errors import AdapterInvalid, InvalidParameter, InvalidRequest  # noqa: E402
 from jlorax.layout import BankLayout  # noqa: E402
 from jlorax.types import (  # noqa: E402
+    MAX_MERGED_ADAPTERS,
     AdapterMerge,
     GenerateRequest,
     MajoritySign,
@@ -550,7 +550,8 @@ def test_what_no_adapters_can_make_right(case: str) -> None:
 
 
 def test_the_most_and_the_least_that_is_allowed() -> None:
-    check_merge(merge("a" * MAX_PARTS, *[-1.0] * MAX_PARTS, density=1e-9, rank=1))
+    most = MAX_MERGED_ADAPTERS
+    check_merge(merge("a" * most, *[-1.0] * most, density=1e-9, rank=1))
     check_merge(merge("a", 0.0, density=1.0, seed=2**64))
 
 
