@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,6 +39,7 @@ from jlorax.types import (
     SamplingParams,
 )
 from tests import tiny_llama
+from tests.engine_home import Home, all_is_back, answer
 from tests.tiny_llama import EOS, VOCAB
 
 PROMPT = (5, 6, 7)
@@ -89,41 +90,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     )
 
 
-@dataclass
-class Home:
-    engine: Engine
-    loop: asyncio.Runner
-
-    def run(self, test: Coroutine[Any, Any, None]) -> None:
-        async def limited() -> None:
-            async with asyncio.timeout(60):
-                await test
-                await all_is_back(self.engine)
-
-        self.loop.run(limited())
-
-
 @pytest.fixture(scope="module")
 def home(config: EngineConfig) -> Iterator[Home]:
     with asyncio.Runner() as loop:
         engine = loop.run(Engine.start(config))
         yield Home(engine, loop)
         loop.run(engine.stop())
-
-
-async def all_is_back(engine: Engine) -> None:
-    while not engine._policy.is_idle:  # noqa: ASYNC110 - the engine offers no event for this
-        await asyncio.sleep(0.001)
-    engine._policy.check()
-    assert engine.stats().free_pages == engine.stats().total_pages
-    assert engine.stats().executables_compiled_after_ready == 0
-
-
-async def answer(engine: Engine, request: GenerateRequest) -> GenerateResult:
-    async for event in engine.generate(request):
-        if event.result is not None:
-            return event.result
-    raise AssertionError("a stream ended without its result")
 
 
 def asking(constraint: Constraint | None = None, **changes: Any) -> GenerateRequest:

@@ -6,7 +6,7 @@ import asyncio
 import math
 import re
 import shutil
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ peft = pytest.importorskip("peft")
 
 from jlorax.adapters.merge import seeded_masks  # noqa: E402
 from jlorax.config import AdapterConfig, StepConfig  # noqa: E402
-from jlorax.engine import Engine  # noqa: E402
 from jlorax.errors import (  # noqa: E402
     AdapterInvalid,
     AdapterNotFound,
@@ -34,6 +33,7 @@ from jlorax.types import (  # noqa: E402
     MajoritySign,
     MergeStrategy,
 )
+from tests import engine_home  # noqa: E402
 from tests.lora.oracle import write_adapter  # noqa: E402
 from tests.models.tiny import TinyModel, engine_for, load_truth, prompt  # noqa: E402
 
@@ -65,21 +65,11 @@ LINEAR = MERGES["linear"]
 
 
 @dataclass
-class Home:
-    """An engine, the loop that it lives on, and PEFT's model with the same adapters."""
+class Home(engine_home.Home):
+    """And PEFT's model with the same adapters."""
 
-    engine: Engine
-    loop: asyncio.Runner
     peft: Any
     root: Path
-
-    def run(self, test: Coroutine[Any, Any, None]) -> None:
-        async def limited() -> None:
-            async with asyncio.timeout(60):
-                await test
-                await all_is_back(self.engine)
-
-        self.loop.run(limited())
 
     async def tokens(self, **asked: Any) -> tuple[int, ...]:
         request = GenerateRequest(PROMPT, max_new_tokens=NUM_TOKENS, ignore_eos=True)
@@ -118,14 +108,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
             yield Home(engine, loop, theirs, root)
         finally:
             loop.run(engine.stop())
-
-
-async def all_is_back(engine: Engine) -> None:
-    """Also after a refusal; the last steps in flight may still have to be read."""
-    async with asyncio.timeout(5):
-        while engine.stats().pinned_slots or engine.stats().num_running:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-    engine._parts.tiers.slots.check()
 
 
 def peft_logits(home: Home, merge: AdapterMerge, tokens: tuple[int, ...]) -> np.ndarray:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar, cast
 
@@ -35,6 +35,7 @@ from jlorax.types import (
     TokenEvent,
 )
 from tests import tiny_llama
+from tests.engine_home import Home, all_is_back, answer
 
 NUM_ADAPTERS = 200
 NAMES = [f"team/adapter-{i}" for i in range(NUM_ADAPTERS)]
@@ -42,23 +43,6 @@ ADAPTER_BYTES = 17_500  # packed: one page a projection
 TIE = 1e-4  # of the largest log-probability: a margin this small may fall either way
 MAX_LAG_S = 0.1
 T = TypeVar("T")
-
-
-@dataclass
-class Home:
-    """An engine and the loop that it lives on."""
-
-    engine: Engine
-    config: EngineConfig
-    loop: asyncio.Runner
-
-    def run(self, test: Coroutine[Any, Any, None]) -> None:
-        async def limited() -> None:
-            async with asyncio.timeout(120):
-                await test
-                await all_is_back(self.engine)
-
-        self.loop.run(limited())
 
 
 @pytest.fixture(scope="module")
@@ -88,34 +72,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
 def home(config: EngineConfig) -> Iterator[Home]:
     with asyncio.Runner() as loop:
         engine = loop.run(Engine.start(config))
-        yield Home(engine, config, loop)
+        yield Home(engine, loop)
         loop.run(engine.stop())
-
-
-async def answer(engine: Engine, request: GenerateRequest) -> GenerateResult:
-    async for event in engine.generate(request):
-        if event.result is not None:
-            return event.result
-    raise AssertionError("a stream ended without its result")
-
-
-async def all_is_back(engine: Engine) -> None:
-    """Pages, rows, slots and pins; the last steps in flight may still have to be read."""
-    async with asyncio.timeout(5):
-        while not _is_empty(engine):  # noqa: ASYNC110 - the engine offers no event for this
-            await asyncio.sleep(0.001)
-    engine._policy.check()
-    engine._parts.tiers.slots.check()
-    assert engine.stats().executables_compiled_after_ready == 0
-
-
-def _is_empty(engine: Engine) -> bool:
-    stats = engine.stats()
-    return (
-        (stats.num_queued, stats.num_running, stats.pinned_slots) == (0, 0, 0)
-        and stats.free_pages == stats.total_pages
-        and engine._policy.is_idle
-    )
 
 
 def opened(

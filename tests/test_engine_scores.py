@@ -6,7 +6,7 @@ Tolerance, both in float32: 1e-3 of the largest logit, or of the largest hidden 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ from jlorax.config import (  # noqa: E402
 from jlorax.engine import Engine  # noqa: E402
 from jlorax.errors import AdapterNotFound, InvalidParameter, PromptTooLong  # noqa: E402
 from jlorax.models.config import read_config  # noqa: E402
-from jlorax.types import EmbedRequest, GenerateRequest, GenerateResult, PromptToken  # noqa: E402
+from jlorax.types import EmbedRequest, GenerateRequest, PromptToken  # noqa: E402
+from tests.engine_home import Home, answer  # noqa: E402
 from tests.lora.cases import FAMILIES  # noqa: E402
 from tests.lora.oracle import logits_of, write_adapter  # noqa: E402
 from tests.models.tiny import load_truth, prompt  # noqa: E402
@@ -40,23 +41,10 @@ _LENGTHS = (1, 2, 19, 32, 33, 75)  # a chunk is at most 32 tokens
 _ADAPTERS = {"llama": ("rank 24", "rank 64"), "falcon": ("all-linear", "only lm_head")}
 
 
-@dataclass(frozen=True)
-class Rig:
-    engine: Engine
-    runner: asyncio.Runner
+@dataclass
+class Rig(Home):
     base: Any
     folders: dict[str | None, Path | None]  # of adapters, and None for the base
-
-    def run(self, test: Coroutine[Any, Any, None]) -> None:
-        async def whole() -> None:
-            async with asyncio.timeout(120):
-                await test
-                while not self.engine._policy.is_idle:  # noqa: ASYNC110
-                    await asyncio.sleep(0.001)
-            self.engine._policy.check()
-            assert self.engine.stats().free_pages == self.engine.stats().total_pages
-
-        self.runner.run(whole())
 
     def logits(self, adapter: str | None, ids: tuple[int, ...]) -> np.ndarray:
         return logits_of(self.base, self.folders[adapter], [ids])[0]
@@ -119,13 +107,6 @@ def scoring(
         prompt_logprobs=True,
         **changes,
     )
-
-
-async def answer(engine: Engine, request: GenerateRequest) -> GenerateResult:
-    async for event in engine.generate(request):
-        if event.result is not None:
-            return event.result
-    raise AssertionError("a stream ended without its result")
 
 
 def check_scores(rig: Rig, request: GenerateRequest, found: tuple[PromptToken, ...]) -> None:
