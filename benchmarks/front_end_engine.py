@@ -90,6 +90,9 @@ class StandInEngine(ABC):
         finally:
             self._num_open -= 1
 
+    async def chat_tokenizer(self, request: GenerateRequest) -> Tokenizer:
+        return self.tokenizer
+
     def _result(self, request: GenerateRequest, tokens: list[Token]) -> GenerateResult:
         prompt = request.prompt
         ids = tuple(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else prompt

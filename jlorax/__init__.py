@@ -9,15 +9,31 @@ if TYPE_CHECKING:
     from jlorax import errors, types
     from jlorax.client import AsyncClient, Client
     from jlorax.engine import Engine
+    from jlorax.fine_tuning import FinetuneJob, TrainedAdapter, finetune, start_finetune
     from jlorax.llm import LLM
 
-__all__ = ["LLM", "AsyncClient", "Client", "Engine", "errors", "types"]
+__all__ = [
+    "LLM",
+    "AsyncClient",
+    "Client",
+    "Engine",
+    "FinetuneJob",
+    "TrainedAdapter",
+    "errors",
+    "finetune",
+    "start_finetune",
+    "types",
+]
 
 _HOME = {
     "AsyncClient": "jlorax.client",
     "Client": "jlorax.client",
     "Engine": "jlorax.engine",
+    "FinetuneJob": "jlorax.fine_tuning",
     "LLM": "jlorax.llm",
+    "TrainedAdapter": "jlorax.fine_tuning",
+    "finetune": "jlorax.fine_tuning",
+    "start_finetune": "jlorax.fine_tuning",
 }
 
 

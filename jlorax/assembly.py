@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from jlorax.actors.grammar import Compiler
 from jlorax.actors.ingress import Limits
 from jlorax.adapters.disk_tier import DiskTier, remove
 from jlorax.adapters.host_tier import HostTier
@@ -26,12 +27,13 @@ from jlorax.adapters.remote_names import RemoteNames
 from jlorax.adapters.slots import SlotTable
 from jlorax.adapters.sources import Sources
 from jlorax.adapters.tiers import AdapterTiers
+from jlorax.base_model import find_base
 from jlorax.config import GIB, EngineConfig, Kernels
 from jlorax.defaults import Machine, reserve_bytes
 from jlorax.device.device import Device, DeviceSizes, step_store
 from jlorax.device.lora_bank import host_memory
 from jlorax.device.step import row_bytes
-from jlorax.errors import ConfigError, ModelInvalid
+from jlorax.errors import ConfigError
 from jlorax.layout import (
     ITEM_BYTES,
     BankLayout,
@@ -43,8 +45,6 @@ from jlorax.layout import (
 )
 from jlorax.metrics import Metrics
 from jlorax.models.config import ModelConfig
-from jlorax.models.embedded import EMBEDDED_MODEL_ID, ensure_embedded_model
-from jlorax.models.gguf import prepared_folder
 from jlorax.models.kept import kept_config
 from jlorax.models.weights import BaseModel, dummy_model, load_model, weight_bytes
 from jlorax.scheduling.policy import Policy, PolicyConfig
@@ -63,7 +63,7 @@ class Parts:
     config: EngineConfig
     model_info: ModelInfo
     tokenizer: Tokenizer
-    grammar_compiler: GrammarCompiler
+    grammar_compiler: Compiler
     limits: Limits
     device: Device
     policy: Policy
@@ -125,43 +125,8 @@ def assemble(config: EngineConfig, progress: Progress = no_progress) -> Parts:
 
 def find_model(config: EngineConfig, progress: Progress = no_progress) -> tuple[Path, str]:
     """(folder in Hugging Face's layout, the name clients use)."""
-    model = config.model.model
-    if model is None:
-        return ensure_embedded_model(
-            config.cache_dir, progress
-        ), config.model_id or EMBEDDED_MODEL_ID
-    path = Path(model).expanduser()
-    name = config.model_id or path.stem if path.suffix == ".gguf" else config.model_id or path.name
-    if path.is_dir():
-        return path, name
-    if path.is_file():
-        if config.model.is_dummy:
-            raise ModelInvalid(
-                f"{model}: dummy weights need a folder with a config.json, or a hub id"
-            )
-        return prepared_folder(path, config.cache_dir, progress), name
-    if _looks_like_hub_id(model):
-        return _from_hub(config, progress), config.model_id or model
-    raise ModelInvalid(f"{model}: no such folder or GGUF file, and not a hub id (org/name)")
-
-
-def _looks_like_hub_id(model: str) -> bool:
-    parts = model.split("/")
-    return len(parts) == 2 and all(parts) and not model.startswith((".", "~", "/"))
-
-
-def _from_hub(config: EngineConfig, progress: Progress) -> Path:
-    from huggingface_hub import snapshot_download
-
-    model = config.model.model
-    assert model is not None
-    patterns = ["*.json", "*.model"] + ([] if config.model.is_dummy else ["*.safetensors"])
-    progress(f"fetching {model}", 0.0)
-    try:
-        found = snapshot_download(model, allow_patterns=patterns)
-    except Exception as error:  # the hub's client raises many kinds; all mean: not to be had
-        raise ModelInvalid(f"{model}: cannot be fetched from the hub: {error}") from error
-    return Path(found)
+    folder, name = find_base(config.model, config.cache_dir, progress)
+    return folder, config.model_id or name
 
 
 def load_tokenizer(config: EngineConfig, folder: Path, model: ModelConfig) -> Tokenizer:

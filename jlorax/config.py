@@ -94,11 +94,16 @@ class SchedulerConfig:
     max_queued: int = 256
     is_shared: bool = False  # by several tenants: none holds more than half of the places
     max_overtake_s: float = 0.5  # how long a request that waits for a slot may be passed by
+    masks_within: float = 0.5  # of a decode step: how long the next one is held for its masks
     tenant_weights: tuple[tuple[str, float], ...] = ()  # shares of the device; 1 for the others
 
     def __post_init__(self) -> None:
         _require(self.max_batch >= 1, f"max_batch is {self.max_batch}; it must be at least 1")
         _require(self.max_queued >= 1, f"max_queued is {self.max_queued}; it must be at least 1")
+        _require(
+            self.masks_within >= 0,
+            f"masks_within is {self.masks_within}; it must not be negative",
+        )
         for tenant, weight in self.tenant_weights:
             _require(weight > 0, f"the weight of tenant {tenant!r} is {weight}; it must be above 0")
 
@@ -141,6 +146,7 @@ class AdapterConfig:
     disk_dir: Path | None = None  # None: no disk tier
     disk_cache_bytes: int = 16 * GIB
     num_loaders: int = 2  # threads that read and pack
+    own_templates: bool = False  # an adapter's own chat template is used, where it has one
 
     def __post_init__(self) -> None:
         _require(self.max_slots >= 1, f"max_slots is {self.max_slots}; it must be at least 1")

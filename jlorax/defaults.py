@@ -107,6 +107,7 @@ def configured(
         "max_slots": values.get("max_slots"),
         "max_rank": values.get("max_rank"),
         "host_cache_bytes": values.get("host_cache_bytes"),
+        "own_templates": values.get("adapter_templates"),
         "disk_dir": values.get("disk_cache") or cache_dir / "adapters",
         "disk_cache_bytes": values.get("disk_cache_bytes"),
     }

@@ -24,6 +24,7 @@ from jlorax.actors.messages import (
     IngressMessage,
     ListAdapters,
     LoadAdapter,
+    LocateAdapter,
     PinAdapter,
     PrefetchAdapter,
     RunnerMessage,
@@ -35,6 +36,8 @@ from jlorax.actors.messages import (
 from jlorax.actors.runner import Runner
 from jlorax.actors.scheduler import MAX_STEPS_IN_FLIGHT, Scheduler
 from jlorax.actors.stream import Opened, Scored, StreamToken, TokenStream
+from jlorax.adapters.sources import LocalFiles
+from jlorax.adapters.templates import read_chat_template
 from jlorax.answer import Answer
 from jlorax.assembly import Parts, assemble
 from jlorax.config import EngineConfig
@@ -83,7 +86,11 @@ class Engine:
     @classmethod
     async def start(cls, config: EngineConfig, progress: Progress = no_progress) -> Engine:
         """Loads the model and readies every executable off the loop, then starts the actors."""
-        parts = await asyncio.to_thread(assemble, config, progress)
+        return cls.of(await asyncio.to_thread(assemble, config, progress))
+
+    @classmethod
+    def of(cls, parts: Parts) -> Engine:
+        """Starts the actors. No other engine uses these parts, or not any more."""
         gc.collect()
         gc.freeze()  # what lives as long as the engine is not walked: 0.4 s in mid-answer for 7B
         engine = cls(parts)
@@ -115,6 +122,7 @@ class Engine:
             self._grammars,
             self._policy,
             self._metrics,
+            parts.config.scheduler.masks_within,
         )
         cache = Cache(
             self._cache,
@@ -284,6 +292,20 @@ class Engine:
             return reply.result()
         finally:
             reply.cancel()  # the caller may have gone: then nobody would read the answer
+
+    async def chat_tokenizer(self, request: GenerateRequest) -> Tokenizer:
+        """The one whose chat template the request's messages are for: the base's, or where the
+        configuration allows it the adapter's own, if its folder has one."""
+        adapter_id = request.adapter_id
+        if adapter_id is None or not self._parts.config.adapters.own_templates:
+            return self.tokenizer
+        files: LocalFiles | None = await self._asked(
+            lambda reply: LocateAdapter(request.tenant, adapter_id, request.adapter_source, reply)
+        )
+        if files is None:
+            return self.tokenizer
+        template = await asyncio.to_thread(read_chat_template, files.folder, adapter_id, files.root)
+        return self.tokenizer if template is None else self.tokenizer.with_template(template)
 
     # ---- what it does
 

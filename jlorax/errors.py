@@ -20,6 +20,9 @@
     ├── RequestCancelled           the caller went away
     ├── ModelInvalid               the base model cannot be loaded
     │   └── UnsupportedModel       its architecture is not one of ours
+    ├── DataInvalid                a row of training data cannot be used
+    ├── TrainingFailed             a training in another process ended without an adapter
+    ├── TrainingDiverged           its loss or gradients are no numbers any more
     └── ConfigError                a flag, variable or key is wrong
 
 A message always carries the numbers. HTTP statuses are decided in ``servers`` alone.
@@ -193,6 +196,30 @@ class ModelInvalid(JLoraxError):
 
 class UnsupportedModel(ModelInvalid):
     code = "model_unsupported"
+
+
+class DataInvalid(JLoraxError):
+    """A row of training data cannot be used."""
+
+    code = "data_invalid"
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row} of the data {reason}")
+        self.row = row
+
+
+class TrainingFailed(JLoraxError):
+    """A training in another process ended without an adapter; ``code`` is its error's."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class TrainingDiverged(JLoraxError):
+    """Loss or gradients are no numbers any more."""
+
+    code = "training_diverged"
 
 
 class ConfigError(JLoraxError):

@@ -60,6 +60,7 @@ class Settings(TypedDict, total=False):
     adapter_bank_bytes: int
     max_slots: int
     max_rank: int
+    adapter_templates: bool
     host_cache_bytes: int
     disk_cache: str | Path
     disk_cache_bytes: int
@@ -255,7 +256,8 @@ class LLM:
     async def _tokenized(self, call: Call) -> GenerateRequest:
         if call.messages is not None:
             messages = [message.to_template() for message in call.messages]
-            ids = await asyncio.to_thread(self._engine.tokenizer.encode_chat, messages)
+            tokenizer = await self._engine.chat_tokenizer(call.requests[0])
+            ids = await asyncio.to_thread(tokenizer.encode_chat, messages)
             call = call.with_prompts([tuple(ids)])
         return call.requests[0]
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +89,12 @@ class Tokenizer:
         backend.pre_tokenizer = WhitespaceSplit()
         fast_tokenizer = import_transformers("PreTrainedTokenizerFast")
         return cls(fast_tokenizer(tokenizer_object=backend))
+
+    def with_template(self, template: str) -> Tokenizer:
+        """The same tokens under another chat template."""
+        other = copy(self)
+        other.chat_template = template
+        return other
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Special tokens spelled out in ``text`` are taken as such, as everywhere in this field."""
@@ -209,12 +216,19 @@ class Tokenizer:
         except (UnicodeEncodeError, TypeError):
             raise InvalidRequest("the text holds half a character (a lone surrogate)") from None
 
+    def _other_template(self) -> str | None:
+        """None: transformers' tokenizer has the right one, or chooses among several."""
+        own = self.chat_template
+        return own if isinstance(own, str) and own != self._hf.chat_template else None
+
     def _render(self, users: Mapping[str, Any], ours: Mapping[str, bool]) -> str:
         """``users`` holds what users wrote, ``ours`` how the template is to be used."""
         if self.chat_template is None:
             raise InvalidRequest("this model has no chat template: send a prompt instead")
         try:
-            rendered: str = self._hf.apply_chat_template(**users, **ours, tokenize=False)
+            rendered: str = self._hf.apply_chat_template(
+                **users, **ours, chat_template=self._other_template(), tokenize=False
+            )
         except Exception as error:  # the template speaks through jinja's and Python's own errors
             raise InvalidRequest(f"the chat template refuses these messages: {error}") from error
         return rendered

@@ -32,6 +32,11 @@ class Projection:
     def module(self, layer: int) -> str:
         return self.path.format(layer=layer)
 
+    @property
+    def is_output(self) -> bool:
+        """Whether it is the output embedding, of which there is one."""
+        return "{layer}" not in self.path
+
 
 class AdapterVersion(NamedTuple):
     """What a name meant when a request resolved it. Keys slots, tiers, KV reuse and metrics.

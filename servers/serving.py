@@ -60,6 +60,7 @@ class ServedEngine(Protocol):
     def tokenizer(self) -> ServedTokenizer: ...
     def generate(self, request: GenerateRequest) -> AsyncIterator[TokenEvent]: ...
     async def embed(self, request: EmbedRequest) -> EmbedResult: ...
+    async def chat_tokenizer(self, request: GenerateRequest) -> ChatTokenizer: ...
     async def load_adapter(
         self, adapter_id: str, folder: str, tenant: str = "default", replace: bool = False
     ) -> AdapterInfo: ...
@@ -201,12 +202,12 @@ async def tokenized(engine: ServedEngine, call: Call) -> Call:
 
     ``continuous_usage`` needs the prompt's length before the answer ends, so it tokenizes here.
     """
-    tokenizer = engine.tokenizer
     if call.messages is not None:
+        tokenizer = await engine.chat_tokenizer(call.requests[0])
         ids = await off_loop(chat_size(call), lambda: chat_ids(tokenizer, call))
         return call.with_prompts([ids])
     if call.show.continuous_usage:
-        prompts = [await encoded(tokenizer, request) for request in call.prompts]
+        prompts = [await encoded(engine.tokenizer, request) for request in call.prompts]
         return call.with_prompts(prompts)
     return call
 

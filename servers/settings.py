@@ -228,6 +228,12 @@ SETTINGS = (
         "B",
         f"RAM for adapters {_either(lambda d: _size_text(d.host_cache_bytes))}",
     ),
+    Setting(
+        "adapter_templates",
+        _truth,
+        "true|false",
+        "whether chats with an adapter whose folder has a chat template use it (false: the base's)",
+    ),
     Setting("disk_cache", _path, "DIR", "folder for packed adapters (in the cache folder)"),
     Setting("disk_cache_bytes", size_bytes, "B", "its quota (16GiB)"),
     Setting("max_seq_len", _whole, "N", "tokens of prompt and answer (the model's, at most 8192)"),

@@ -191,6 +191,9 @@ class FakeEngine:
             raise AdapterConflict(f"{adapter_id!r} is used by {info.num_requests} requests")
         del self.registered[adapter_id]
 
+    async def chat_tokenizer(self, request: GenerateRequest) -> FakeTokenizer:
+        return self.tokenizer
+
     async def prefetch_adapter(self, adapter_id: str, tenant: str = "default") -> AdapterInfo:
         return replace(self._visible(adapter_id, tenant), tier=Tier.HOST)
 

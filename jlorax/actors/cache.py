@@ -39,6 +39,7 @@ from jlorax.actors.messages import (
     LoadAdapter,
     Loaded,
     LoadFailed,
+    LocateAdapter,
     PinAdapter,
     Prefetch,
     PrefetchAdapter,
@@ -58,6 +59,7 @@ from jlorax.adapters.pack import PackedAdapter
 from jlorax.adapters.placement import slot_write
 from jlorax.adapters.registry import DEFAULT_TENANT, LOCAL, AdapterRecord, Seen
 from jlorax.adapters.remote_names import Found, Question
+from jlorax.adapters.sources import LocalFiles
 from jlorax.adapters.tiers import AdapterTiers
 from jlorax.errors import (
     AdapterConflict,
@@ -71,6 +73,7 @@ from jlorax.metrics import Metrics
 from jlorax.types import AdapterInfo, AdapterVersion, Tier
 
 log = logging.getLogger("jlorax.cache")
+_Named = Resolve | LocateAdapter | PrefetchAdapter | PinAdapter
 M = TypeVar("M")
 T = TypeVar("T")
 
@@ -142,7 +145,7 @@ class Cache:
 
     async def _take(self, message: CacheMessage) -> None:
         match message:
-            case Resolve():
+            case Resolve() | LocateAdapter():
                 self._answer_named(message)
             case Derive():
                 _answer(message.reply, self._derive, message)
@@ -177,7 +180,7 @@ class Cache:
 
     # ---- names
 
-    def _answer_named(self, message: Resolve | PrefetchAdapter | PinAdapter) -> None:
+    def _answer_named(self, message: _Named) -> None:
         """At once if the name is known on this machine, else when a remote has answered."""
         if message.reply.done():
             return
@@ -189,9 +192,9 @@ class Cache:
             if record is not None:
                 self._named(message, record)
 
-    def _find(self, message: Resolve | PrefetchAdapter | PinAdapter) -> AdapterRecord | None:
+    def _find(self, message: _Named) -> AdapterRecord | None:
         """None: a remote is asked, and the message is answered then."""
-        source = message.source if isinstance(message, Resolve) else None
+        source = message.source if isinstance(message, Resolve | LocateAdapter) else None
         tenant, adapter_id = message.tenant, message.adapter_id
         question = None if source == LOCAL else self._remote_names.question(adapter_id, source)
         if source in (None, LOCAL):
@@ -226,13 +229,14 @@ class Cache:
             else:
                 self._named(message, told)
 
-    def _named(
-        self, message: Resolve | PrefetchAdapter | PinAdapter, record: AdapterRecord
-    ) -> None:
+    def _named(self, message: _Named, record: AdapterRecord) -> None:
         self._follow_pin(record)
         match message:
             case Resolve():
                 message.reply.set_result(self._registry.used(record))
+            case LocateAdapter():
+                origin = record.origin
+                message.reply.set_result(origin if isinstance(origin, LocalFiles) else None)
             case PrefetchAdapter():
                 self._bring_to_ram(record, message.reply)
             case PinAdapter() if (refusal := _why_not_theirs(message.tenant, record)) is not None:

@@ -11,6 +11,7 @@ from jlorax.adapters.loader import Spooled
 from jlorax.adapters.pack import PackedAdapter
 from jlorax.adapters.registry import Seen
 from jlorax.adapters.remote_names import Found, Question
+from jlorax.adapters.sources import LocalFiles
 from jlorax.device.device import HostOutput
 from jlorax.errors import JLoraxError
 from jlorax.layout import LoraReach, SlotWrite
@@ -121,6 +122,13 @@ class GrammarFailed:
     error: JLoraxError
 
 
+@dataclass(frozen=True)
+class GrammarAnswers:
+    """Of the tokens that one thread was given."""
+
+    answers: tuple[MaskReady | GrammarEnded | GrammarFailed, ...]
+
+
 # ---- to the runner
 
 
@@ -163,6 +171,13 @@ class AcceptToken:
     token: int
 
 
+@dataclass(frozen=True)
+class AcceptTokens:
+    """Of one step."""
+
+    tokens: tuple[AcceptToken, ...]
+
+
 # ---- to the cache
 
 
@@ -172,6 +187,16 @@ class Resolve:
     adapter_id: str
     source: str | None
     reply: asyncio.Future[AdapterVersion]
+
+
+@dataclass(frozen=True)
+class LocateAdapter:
+    """Where an adapter's own files are. None: not in a folder of this machine."""
+
+    tenant: str
+    adapter_id: str
+    source: str | None
+    reply: asyncio.Future[LocalFiles | None]
 
 
 @dataclass(frozen=True)
@@ -301,14 +326,13 @@ SchedulerMessage = (
     | AdapterUnloadable
     | AdapterReady
     | AdapterFailed
-    | MaskReady
-    | GrammarEnded
-    | GrammarFailed
+    | GrammarAnswers
 )
-GrammarMessage = CompileGrammar | AcceptToken
+GrammarMessage = CompileGrammar | AcceptTokens
 RunnerMessage = RunStep | WriteSlot | DeviceFault
 CacheMessage = (
     Resolve
+    | LocateAdapter
     | Derive
     | Prefetch
     | Forget

@@ -99,7 +99,7 @@ def read_adapter(
 def max_weights_bytes(projections: tuple[Projection, ...], max_rank: int) -> int:
     """No valid file is larger: every projection at the largest rank in f32, and lm_head's copy."""
     lora = sum(p.num_layers * max_rank * (p.d_in + p.d_out) * 4 for p in projections)
-    head = sum(p.d_in * p.d_out * 4 for p in projections if _is_output(p))
+    head = sum(p.d_in * p.d_out * 4 for p in projections if p.is_output)
     return lora + head + MAX_HEADER_BYTES
 
 
@@ -145,14 +145,14 @@ class _Check:
         return frozenset(
             module
             for module, (projection, _) in self.modules.items()
-            if self.config.selects(module, is_output=_is_output(projection))
+            if self.config.selects(module, is_output=projection.is_output)
         )
 
     def without_base_copies(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Drops `lm_head.base_layer.weight`, PEFT's copy of the base model's own weight."""
         kept = dict(tensors)
         for projection in self.projections:
-            if not _is_output(projection):
+            if not projection.is_output:
                 continue
             copy = kept.pop(f"{PREFIX}{projection.path}.base_layer.weight", None)
             shape = (projection.d_out, projection.d_in)
@@ -256,10 +256,6 @@ def all_finite(array: np.ndarray) -> bool:
 
 _EXPONENT = np.uint16(0x7F80)  # of a bfloat16; all ones: NaN or infinite
 _PART = 1 << 18
-
-
-def _is_output(projection: Projection) -> bool:
-    return "{layer}" not in projection.path
 
 
 def _size(shape: tuple[Any, ...]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -19,7 +19,7 @@ from jlorax.models.layers import (
     head_logits,
     rotation,
 )
-from jlorax.models.lora import LoraBatch
+from jlorax.models.lora import Lora
 from pallas_kernels.skinny_matmul.api import Implementation
 
 
@@ -44,6 +44,13 @@ class Block(Protocol):
     ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 
 
+RunBlock = Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
+
+
+def _as_it_is(block: Block) -> RunBlock:
+    return block
+
+
 class CausalModel(nnx.Module):
     """``rope`` None: the blocks know positions by themselves."""
 
@@ -66,13 +73,15 @@ class CausalModel(nnx.Module):
         self,
         batch: TokenBatch,
         pools: list[jax.Array],
-        lora: LoraBatch | None,
+        lora: Lora | None,
         implementation: Implementation = "xla",
         outputs: Outputs | None = None,
+        wrap: Callable[[Block], RunBlock] = _as_it_is,
     ) -> tuple[jax.Array, list[jax.Array]]:
         """Hidden states before the head, and the layers' KV pools with the step's tokens.
 
-        [B, D] of the ``outputs``, or [T, D] of all tokens.
+        [B, D] of the ``outputs``, or [T, D] of all tokens. ``wrap``: how blocks are called;
+        training computes them again on the way back.
         """
         turn = None if self.rope is None else rotation(self.rope, batch)
         step = StepView(batch, turn, lora, implementation, batch.tokens.shape[0])
@@ -82,13 +91,13 @@ class CausalModel(nnx.Module):
         written = []
         for layer, (block, pool) in enumerate(zip(self.blocks, pools, strict=True)):
             wanted = outputs if layer == len(pools) - 1 else None
-            stream, normed, pool = block(
+            stream, normed, pool = wrap(block)(
                 stream, normed, step, pool, layer, norms[layer + 1], wanted
             )
             written.append(pool)
         return normed, written
 
-    def logits(self, x: jax.Array, lora: LoraBatch | None) -> jax.Array:
+    def logits(self, x: jax.Array, lora: Lora | None) -> jax.Array:
         """x: [B, D] -> f32[B, V]."""
         head = self.embedding if self.head is None else self.head
         return head_logits(x, head.weight[...], lora)

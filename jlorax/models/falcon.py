@@ -12,7 +12,7 @@ from jlorax.models.config import FalconConfig, ModelShape
 from jlorax.models.layers import LayerNorm, Norm, Outputs, Site, StepView, add_and_norm
 from pallas_kernels.paged_attention.api import (
     AttentionSpec,
-    Tiles,
+    Packed,
     attention,
     fused_attention,
 )
@@ -41,7 +41,7 @@ class Attention(nnx.Module):
         """[T, H * h] before the output projection, and the pool."""
         rows, batch = x.shape[0], step.batch
         fused = self.qkv.joint(x, step, layer)
-        if self.shape.num_kv_heads == 1 and not isinstance(batch.queries, Tiles):
+        if self.shape.num_kv_heads == 1 and isinstance(batch.queries, Packed):
             qkv = fused.reshape(rows, -1, self.shape.head_dim)
             mixed, pool = fused_attention(
                 qkv, step.turn, pool, batch.places, batch.queries, self.spec

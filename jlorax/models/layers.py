@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jlorax.models.config import Rope
-from jlorax.models.lora import LoraBatch
+from jlorax.models.lora import Lora
 from pallas_kernels.paged_attention.api import Places, Queries, Rotation
 from pallas_kernels.skinny_matmul import api as skinny
 from pallas_kernels.skinny_matmul.tuning import MAX_ROWS
@@ -30,7 +30,7 @@ class Outputs(NamedTuple):
     """The rows whose hidden states are wanted, and their adapters (trace time only)."""
 
     rows: jax.Array  # i32[B] into the step's tokens
-    lora: LoraBatch | None
+    lora: Lora | None
 
 
 class StepView(NamedTuple):
@@ -38,7 +38,7 @@ class StepView(NamedTuple):
 
     batch: TokenBatch
     turn: Rotation | None  # None: the model has ALiBi
-    lora: LoraBatch | None  # None: every row is the base model's
+    lora: Lora | None  # None: every row is the base model's
     implementation: skinny.Implementation
     num_rows: int
 
@@ -125,7 +125,7 @@ class Head(nnx.Module):
         self.weight = nnx.Param(jnp.zeros((vocab_size, d_model), dtype))
 
 
-def head_logits(x: jax.Array, weight: jax.Array, lora: LoraBatch | None) -> jax.Array:
+def head_logits(x: jax.Array, weight: jax.Array, lora: Lora | None) -> jax.Array:
     """f32[B, V]. The adapter's share is computed from the head's own input, tied or not."""
     logits = jnp.einsum("bd,vd->bv", x, weight, preferred_element_type=jnp.float32)
     if lora is None or not lora.covers(("lm_head",)):

@@ -10,7 +10,7 @@ from jlorax.models.config import LlamaConfig
 from jlorax.models.layers import Norm, Outputs, RMSNorm, Site, StepView, add_and_norm
 from pallas_kernels.paged_attention.api import (
     AttentionSpec,
-    Tiles,
+    Packed,
     attention,
     fused_attention,
 )
@@ -32,15 +32,15 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """[T, H * h] before the output projection, and the pool."""
         rows, batch = x.shape[0], step.batch
-        if isinstance(batch.queries, Tiles):
-            q, k, v = (y.reshape(rows, -1, self.head_dim) for y in self.qkv(x, step, layer))
-            mixed, pool = attention(
-                q, k, v, step.turn, pool, batch.places, batch.queries, self.spec
-            )
-        else:
+        if isinstance(batch.queries, Packed):
             qkv = self.qkv.joint(x, step, layer, early=True).reshape(rows, -1, self.head_dim)
             mixed, pool = fused_attention(
                 qkv, step.turn, pool, batch.places, batch.queries, self.spec
+            )
+        else:
+            q, k, v = (y.reshape(rows, -1, self.head_dim) for y in self.qkv(x, step, layer))
+            mixed, pool = attention(
+                q, k, v, step.turn, pool, batch.places, batch.queries, self.spec
             )
         return mixed.reshape(rows, -1), pool
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,28 @@ class Bank(NamedTuple):
     tables: jax.Array  # i32[S + 1, projections, 2, W]: pages of A, of B
     num_pages: jax.Array  # i32[S + 1, projections]
     scaling: jax.Array  # f32[S + 1, projections, L]
+
+
+class Lora(Protocol):
+    """What a site's adapters add to its product: out of the bank, or weights in training."""
+
+    def covers(self, names: tuple[str, ...]) -> bool:
+        """Whether anything may be added to these projections."""
+
+    def add(
+        self,
+        y: jax.Array,
+        x: jax.Array,
+        names: tuple[str, ...],
+        layer: int,
+        *,
+        early: bool = False,
+    ) -> jax.Array:
+        """y: [T, sum of d_out] with what is added for the projections' input x: [T, d_in].
+        ``early``: what reads y next is a kernel of ours."""
+
+    def delta(self, x: jax.Array, names: tuple[str, ...], layer: int) -> jax.Array:
+        """What is added, by itself: [T, sum of d_out] in x's dtype."""
 
 
 class LoraBatch:

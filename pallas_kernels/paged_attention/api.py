@@ -12,6 +12,8 @@ Who computes follows from how the queries are given:
     Tiles    XLA: N tiles of T / N consecutive queries of one sequence; page_table i32[N, W]
     Decodes  Pallas: every query its own sequence; page_table i32[T, W]
     Chunks   Pallas: packed chunks of prompts; page_table i32[C, W] and blocks of queries
+    Whole    jax's own: rows of whole sequences, which need no pool and leave it as it is; the only
+             one that can be differentiated
 
 Position j lies in page page_table[n, j // page_size]. A position < 0 is padding, whose output is
 unspecified, and finite but for chunks. The bias follows transformers' Falcon: added before scaling,
@@ -30,16 +32,19 @@ from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.decode_triton import paged_decode_fused
 from pallas_kernels.paged_attention.enter_triton import paged_enter
 from pallas_kernels.paged_attention.extend_triton import QueryBlocks, paged_extend_fused
+from pallas_kernels.paged_attention.whole import Kernels, whole_attention
 
 __all__ = [
     "AttentionSpec",
     "Chunks",
     "Decodes",
+    "Packed",
     "Places",
     "Queries",
     "QueryBlocks",
     "Rotation",
     "Tiles",
+    "Whole",
     "attention",
     "fused_attention",
     "rotate",
@@ -86,7 +91,14 @@ class Chunks(NamedTuple):
     interpret: bool = False
 
 
-Queries = Tiles | Decodes | Chunks
+class Whole(NamedTuple):
+    segments: jax.Array  # i32[B, T]: tokens of a row with one number are one sequence
+    positions: jax.Array  # i32[B, T], in the sequence
+    kernels: Kernels = "xla"
+
+
+Packed = Decodes | Chunks
+Queries = Tiles | Packed | Whole
 
 
 def attention(
@@ -100,10 +112,14 @@ def attention(
     spec: AttentionSpec,
 ) -> tuple[jax.Array, jax.Array]:
     """([T, H, h] in q's dtype, the pool with the step's keys and values)."""
-    if not isinstance(queries, Tiles):
+    if isinstance(queries, Packed):
         qkv = jnp.concatenate([q, k, v], axis=1)
         return fused_attention(qkv, rotation, pool, places, queries, spec)
     q, k = rotate(q, rotation), rotate(k, rotation)
+    if isinstance(queries, Whole):
+        segments, positions, kernels = queries
+        out = whole_attention(q, k, v, segments, positions, kernels=kernels, **vars(spec))
+        return out, pool
     pool = pool.at[places.pages, :, :, places.offsets].set(
         jnp.stack([k, v], axis=1).astype(pool.dtype)
     )
@@ -118,7 +134,7 @@ def fused_attention(
     rotation: Rotation | None,
     pool: jax.Array,
     places: Places,
-    queries: Decodes | Chunks,
+    queries: Packed,
     spec: AttentionSpec,
 ) -> tuple[jax.Array, jax.Array]:
     """``attention`` by Pallas; qkv: [T, H + 2 K, h], as one product leaves them."""

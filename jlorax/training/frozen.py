@@ -1,0 +1,115 @@
+"""The frozen base as training holds it: as served, or with its products' weights in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jlorax.models.causal import Block, CausalModel, RunBlock
+from jlorax.models.weights import BaseModel
+
+
+class Quantized(NamedTuple):
+    """A weight [d_in, d_out] as w = q * scale. Symmetric, by output: LLM.int8()'s vector-wise
+    scheme without outliers (Dettmers et al. 2022, arXiv:2208.07339)."""
+
+    q: jax.Array  # i8[d_in, d_out]
+    scale: jax.Array  # f32[d_out]
+
+
+@jax.jit
+def quantize(weight: jax.Array) -> Quantized:
+    wide = weight.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=0), 1e-12) / 127
+    return Quantized(jnp.round(wide / scale).astype(jnp.int8), scale)
+
+
+def dequantize(weight: Quantized, dtype: str) -> jax.Array:
+    return (weight.q.astype(jnp.float32) * weight.scale).astype(dtype)
+
+
+Leaf = jax.Array | Quantized
+
+
+class FrozenBase(NamedTuple):
+    """``leaves``: the model's, some of them quantized. They are an argument of every step."""
+
+    model: BaseModel
+    leaves: list[Leaf]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.leaves))
+
+    @property
+    def num_parameters(self) -> int:
+        whole = (leaf.q if isinstance(leaf, Quantized) else leaf for leaf in self.leaves)
+        return sum(leaf.size for leaf in whole)
+
+    def merge(self, leaves: list[Leaf]) -> tuple[CausalModel, Callable[[Block], Block]]:
+        """The module, and what gives a block of it its weights in full.
+
+        Only what one block needs is ever in full at once: the caller unfolds a block where it
+        computes it, and again where it computes it backwards.
+        """
+        plain = [leaf.q if isinstance(leaf, Quantized) else leaf for leaf in leaves]
+        scales = {id(leaf.q): leaf.scale for leaf in leaves if isinstance(leaf, Quantized)}
+        return self.model.merge(plain), lambda block: _unfolded(block, scales, self.model.dtype)
+
+
+def frozen_base(model: BaseModel, *, int8: bool) -> FrozenBase:
+    """Takes the model's leaves out of it, so that a full weight goes when its quantized one is
+    there."""
+    in_blocks = _leaves_of_blocks(model) if int8 else set()
+    leaves: list[Leaf] = []
+    while model.leaves:
+        leaf = model.leaves.pop(0)
+        leaves.append(quantize(leaf) if leaf.ndim == 2 and len(leaves) in in_blocks else leaf)
+    return FrozenBase(model, leaves)
+
+
+def outlined_base(model: BaseModel, *, int8: bool) -> FrozenBase:
+    """Of a model without weights, whose leaves are shapes."""
+    in_blocks = _leaves_of_blocks(model) if int8 else set()
+    leaves = [
+        jax.eval_shape(quantize, leaf) if leaf.ndim == 2 and i in in_blocks else leaf
+        for i, leaf in enumerate(model.leaves)
+    ]
+    return FrozenBase(model, leaves)
+
+
+def _leaves_of_blocks(model: BaseModel) -> set[int]:
+    """Which leaves belong to blocks: embedding, head and norms stay as they are."""
+    numbered: Any = model.merge([jnp.int32(i) for i in range(len(model.leaves))])
+    return {int(leaf) for leaf in jax.tree.leaves(nnx.state(numbered.blocks))}
+
+
+def _unfolded(block: Block, scales: dict[int, jax.Array], dtype: str) -> Block:
+    graph, state = nnx.split(block)
+
+    def full(leaf: Any) -> Any:
+        scale = scales.get(id(leaf))
+        return leaf if scale is None else dequantize(Quantized(leaf, scale), dtype)
+
+    return nnx.merge(graph, jax.tree.map(full, state)) if scales else block
+
+
+def recomputed(run: Callable[[Block], Block]) -> Callable[[Block], RunBlock]:
+    """A block that keeps the stream before it alone, and computes the rest again on the way back.
+    Chen et al. 2016, arXiv:1604.06174."""
+
+    def wrap(block: Block) -> RunBlock:
+        def call(stream: jax.Array, _: jax.Array, *rest: Any) -> Any:
+            def inner(stream: jax.Array) -> Any:
+                own = run(block)
+                return own(stream, own.attention_norm(stream), *rest)
+
+            return jax.checkpoint(inner)(stream)
+
+        return call
+
+    return wrap
