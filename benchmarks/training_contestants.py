@@ -71,7 +71,7 @@ def _jlorax(work: Work) -> tuple[Step, Callable[[], int | None]]:
     from jlorax.models.config import read_config
     from jlorax.models.weights import dummy_model, load_model
     from jlorax.training.config import LoraConfig, OptimizerConfig
-    from jlorax.training.frozen import frozen_base
+    from jlorax.training.frozen import Form, frozen_base
     from jlorax.training.lora import adapter_shape, initial_adapter
     from jlorax.training.losses import OBJECTIVES
     from jlorax.training.optimizer import make_optimizer
@@ -80,17 +80,17 @@ def _jlorax(work: Work) -> tuple[Step, Callable[[], int | None]]:
     from pallas_kernels.paged_attention.whole import Kernels
 
     config = read_config(Path(work.folder))
+    on_gpu = jax.default_backend() == "gpu"
+    narrow: Form | None = None if on_gpu or work.dtype == "float32" else "bfloat16"
+    dtype = "float32" if narrow else work.dtype
     model = (
-        dummy_model(config, work.dtype)
-        if work.dummy
-        else load_model(Path(work.folder), config, work.dtype)
+        dummy_model(config, dtype) if work.dummy else load_model(Path(work.folder), config, dtype)
     )
     projections = config.projections()
     described, _ = adapter_config(LoraConfig(rank=RANK, alpha=ALPHA), "base", projections)
     shape = adapter_shape(described, projections)
-    on_gpu = jax.default_backend() == "gpu"
     kernels: Kernels = "cudnn" if on_gpu and work.dtype == "bfloat16" else "xla"
-    base = frozen_base(model, int8=False)
+    base = frozen_base(model, narrow)
     forward = Forward(base, shape, OBJECTIVES["sft"], work.recompute, kernels)
     optimizer = make_optimizer(
         OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0), 1000

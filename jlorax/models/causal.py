@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jlorax.models.config import ModelShape, Rope
@@ -14,6 +15,7 @@ from jlorax.models.layers import (
     Head,
     Norm,
     Outputs,
+    Product,
     StepView,
     TokenBatch,
     head_logits,
@@ -77,14 +79,15 @@ class CausalModel(nnx.Module):
         implementation: Implementation = "xla",
         outputs: Outputs | None = None,
         wrap: Callable[[Block], RunBlock] = _as_it_is,
+        product: Product = jnp.matmul,
     ) -> tuple[jax.Array, list[jax.Array]]:
         """Hidden states before the head, and the layers' KV pools with the step's tokens.
 
         [B, D] of the ``outputs``, or [T, D] of all tokens. ``wrap``: how blocks are called;
-        training computes them again on the way back.
+        training computes them again on the way back. ``product``: how sites multiply there.
         """
         turn = None if self.rope is None else rotation(self.rope, batch)
-        step = StepView(batch, turn, lora, implementation, batch.tokens.shape[0])
+        step = StepView(batch, turn, lora, implementation, batch.tokens.shape[0], product)
         norms = [*(block.attention_norm for block in self.blocks), self.norm]
         stream = self.embedding(batch.tokens)
         normed = norms[0](stream)

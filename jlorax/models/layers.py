@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -26,6 +27,10 @@ class TokenBatch(NamedTuple):
     queries: Queries
 
 
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+"""[T, d_in] and [d_in, d_out] -> [T, d_out]."""
+
+
 class Outputs(NamedTuple):
     """The rows whose hidden states are wanted, and their adapters (trace time only)."""
 
@@ -41,6 +46,7 @@ class StepView(NamedTuple):
     lora: Lora | None  # None: every row is the base model's
     implementation: skinny.Implementation
     num_rows: int
+    product: Product = jnp.matmul  # of a site's input and weight, where no kernel of ours does it
 
     @property
     def fuses(self) -> bool:
@@ -79,7 +85,7 @@ class Site(nnx.Module):
         if step.fuses:
             y = skinny.matmul(x, self.weight[...], implementation=step.implementation)
         else:
-            y = x @ self.weight[...]
+            y = step.product(x, self.weight[...])
         if self.bias is not None:
             y += self.bias[...]
         if step.lora is not None and step.lora.covers(self.names):

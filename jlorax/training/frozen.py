@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ def dequantize(weight: Quantized, dtype: str) -> jax.Array:
 
 
 Leaf = jax.Array | Quantized
+Form = Literal["int8", "bfloat16"]
 
 
 class FrozenBase(NamedTuple):
@@ -61,22 +63,37 @@ class FrozenBase(NamedTuple):
         return self.model.merge(plain), lambda block: _unfolded(block, scales, self.model.dtype)
 
 
-def frozen_base(model: BaseModel, *, int8: bool) -> FrozenBase:
-    """Takes the model's leaves out of it, so that a full weight goes when its quantized one is
-    there."""
-    in_blocks = _leaves_of_blocks(model) if int8 else set()
+def frozen_base(model: BaseModel, form: Form | None = None) -> FrozenBase:
+    """Takes the model's leaves out of it, so that a full weight goes when its other form is there.
+
+    ``form``: of the weights of blocks' products; None: as they are.
+    """
+    in_blocks = _leaves_of_blocks(model)
     leaves: list[Leaf] = []
     while model.leaves:
         leaf = model.leaves.pop(0)
-        leaves.append(quantize(leaf) if leaf.ndim == 2 and len(leaves) in in_blocks else leaf)
+        changes = leaf.ndim == 2 and len(leaves) in in_blocks
+        leaves.append(_formed(leaf, form) if changes else leaf)
     return FrozenBase(model, leaves)
 
 
-def outlined_base(model: BaseModel, *, int8: bool) -> FrozenBase:
+def _formed(weight: jax.Array, form: Form | None) -> Leaf:
+    match form:
+        case "int8":
+            return quantize(weight)
+        case "bfloat16":
+            return weight.astype(jnp.bfloat16)
+        case None:
+            return weight
+
+
+def outlined_base(model: BaseModel, form: Form | None = None) -> FrozenBase:
     """Of a model without weights, whose leaves are shapes."""
-    in_blocks = _leaves_of_blocks(model) if int8 else set()
+    in_blocks = _leaves_of_blocks(model)
     leaves = [
-        jax.eval_shape(quantize, leaf) if leaf.ndim == 2 and i in in_blocks else leaf
+        jax.eval_shape(partial(_formed, form=form), leaf)
+        if leaf.ndim == 2 and i in in_blocks
+        else leaf
         for i, leaf in enumerate(model.leaves)
     ]
     return FrozenBase(model, leaves)

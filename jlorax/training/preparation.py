@@ -24,7 +24,7 @@ from jlorax.training.config import ALL_LINEAR, LoraConfig, TrainConfig
 from jlorax.training.events import Preparing, Report, no_report
 from jlorax.training.examples import Data, Example, load_data
 from jlorax.training.export import peft_config
-from jlorax.training.frozen import FrozenBase, frozen_base, outlined_base
+from jlorax.training.frozen import Form, FrozenBase, frozen_base, outlined_base
 from jlorax.training.lora import AdapterShape, adapter_shape
 from jlorax.training.losses import OBJECTIVES
 from jlorax.training.repository import Repository
@@ -187,8 +187,10 @@ def _base(
     *,
     with_weights: bool,
 ) -> FrozenBase:
-    int8 = config.run.base_quantization == "int8"
+    form: Form | None = "int8" if config.run.base_quantization == "int8" else None
+    if dtype == "bfloat16" and not _has_gpu():
+        dtype, form = "float32", form or "bfloat16"  # a CPU gains by narrow products alone
     if not with_weights:
-        return outlined_base(outline(model, dtype), int8=int8)
+        return outlined_base(outline(model, dtype), form)
     loaded = load_model(folder, model, dtype, lambda what, part: report(Preparing(what, part)))
-    return frozen_base(loaded, int8=int8)
+    return frozen_base(loaded, form)

@@ -14,6 +14,7 @@ from jlorax.models.layers import Outputs, TokenBatch
 from jlorax.training.frozen import FrozenBase, Leaf, recomputed
 from jlorax.training.lora import Adapter, AdapterShape, TrainedLora
 from jlorax.training.losses import Objective, Summed, target_logprobs
+from jlorax.training.products import frozen_product
 from pallas_kernels.paged_attention.api import Places, Whole
 from pallas_kernels.paged_attention.whole import Kernels
 
@@ -71,7 +72,7 @@ class Forward:
         pools = [jnp.zeros((0,))] * len(module.blocks)
         outputs = Outputs(rows.places, lora)
         wrap = recomputed(unfold) if self.recompute else unfold
-        hidden, _ = module(batch, pools, lora, outputs=outputs, wrap=wrap)
+        hidden, _ = module(batch, pools, lora, outputs=outputs, wrap=wrap, product=frozen_product)
         head = module.embedding if module.head is None else module.head
         logprobs = target_logprobs(
             hidden, rows.targets, head.weight[...], lora, lambda h: module.logits(h, lora)

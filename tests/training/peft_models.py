@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 from jlorax.adapters.peft_config import parse_config  # noqa: E402
 from jlorax.models.config import read_config  # noqa: E402
 from jlorax.models.weights import load_model  # noqa: E402
-from jlorax.training.frozen import FrozenBase, frozen_base  # noqa: E402
+from jlorax.training.frozen import Form, FrozenBase, frozen_base  # noqa: E402
 from jlorax.training.lora import (  # noqa: E402
     Adapter,
     AdapterShape,
@@ -54,7 +54,7 @@ def _weight(module: str, side: str) -> str:
 
 
 def make_pair(
-    model: TinyModel, folder: Path, targets: Sequence[str], *, int8: bool = False, **lora: Any
+    model: TinyModel, folder: Path, targets: Sequence[str], *, form: Form | None = None, **lora: Any
 ) -> Pair:
     model.save(folder)
     base = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -75,9 +75,7 @@ def make_pair(
     }
     num_theirs = sum("lora_A" in name for name, _ in theirs.named_parameters())
     assert len(adapter) == num_theirs
-    return Pair(
-        theirs, frozen_base(load_model(folder, config, "float32"), int8=int8), shape, adapter
-    )
+    return Pair(theirs, frozen_base(load_model(folder, config, "float32"), form), shape, adapter)
 
 
 def _numbers(theirs: Any, module: str, side: str) -> np.ndarray:
