@@ -7,12 +7,22 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from benchmarks import cpu, decode, front_end, http_streaming, kernels, make_adapters, serving
+from benchmarks import (
+    constraints,
+    cpu,
+    decode,
+    front_end,
+    http_streaming,
+    kernels,
+    make_adapters,
+    serving,
+)
 
 COMMANDS = {
     "cpu": cpu,
     "kernels": kernels,
     "decode": decode,
+    "constraints": constraints,
     "http": http_streaming,
     "front-end": front_end,
     "serving": serving,

@@ -22,7 +22,7 @@ from benchmarks.clock import Clock
 from benchmarks.decode_cases import BATCHES, GROUPS, KINDS, QUICK, Case, Sample, Sizes
 from benchmarks.make_adapters import DTYPES, default_cache_dir, make_adapters
 from benchmarks.report import JsonLines
-from benchmarks.shapes import SHAPES, write_shape
+from benchmarks.shapes import SHAPES, kv_bytes, write_shape
 from jlorax.config import (
     AdapterConfig,
     EngineConfig,
@@ -32,7 +32,7 @@ from jlorax.config import (
     StepConfig,
 )
 from jlorax.engine import Engine
-from jlorax.layout import ITEM_BYTES, BankLayout
+from jlorax.layout import BankLayout
 from jlorax.models.config import ModelConfig, read_config
 from jlorax.types import GenerateRequest, SamplingParams
 from servers.settings import size_bytes
@@ -214,9 +214,7 @@ def _kv_bytes(plan: Plan, config: ModelConfig) -> int:
         min(case.num_requests, plan.max_batch) * -(-(case.num_in + case.num_out) // plan.page_size)
         for case in plan.cases
     )
-    shape = config.shape
-    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
-    return (pages + _PAGES_TO_SPARE) * plan.page_size * token_bytes * ITEM_BYTES[plan.dtype]
+    return kv_bytes(config, plan.dtype, (pages + _PAGES_TO_SPARE) * plan.page_size)
 
 
 class DecodeBench:

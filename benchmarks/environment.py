@@ -42,10 +42,10 @@ def command() -> str:
     return shlex.join(["python", "-m", "benchmarks", *given])
 
 
-def versions() -> dict[str, str]:
-    """What compiles and runs a step."""
+def versions(*others: str) -> dict[str, str]:
+    """What compiles and runs a step, and other packages."""
     found = {"python": platform.python_version()}
-    for name in _COMPILERS:
+    for name in (*_COMPILERS, *others):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jlorax.layout import ITEM_BYTES
+from jlorax.models.config import ModelConfig
+
 _LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -87,6 +90,13 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "max_position_embeddings": 512,
     },
 }
+
+
+def kv_bytes(config: ModelConfig, dtype: str, num_tokens: int) -> int:
+    """Of the keys and values of so many tokens."""
+    shape = config.shape
+    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+    return num_tokens * token_bytes * ITEM_BYTES[dtype]
 
 
 def write_shape(name: str, folder: Path) -> Path:

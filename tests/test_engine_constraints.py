@@ -224,6 +224,7 @@ class Scripted:
         self.gate = threading.Event()
         self.gate.set()
         self.num_accepted = 0
+        self.is_slow = False
 
     def compile(self, constraint: Constraint) -> Scripted:
         assert self.gate.wait(30)
@@ -255,9 +256,7 @@ def in_a_new_engine(
         engine = await Engine.start(config)
         await engine.stop()
         parts = replace(engine._parts, grammar_compiler=scripted)
-        async with asyncio.timeout(60), Engine(parts) as engine:
-            engine._life = asyncio.create_task(engine._live())
-            engine._state = "ready"
+        async with asyncio.timeout(60), Engine.of(parts) as engine:
             await test(engine)
 
     asyncio.run(run())

@@ -1,7 +1,9 @@
 """Grammars: owns the compiler and, of every constrained sequence, where it is in its grammar.
 
 Both are work for threads, which the automata's library lets run beside the interpreter. Compiling
-has threads of its own: one grammar may take a second, a mask takes tens of microseconds.
+has threads of its own: one grammar may take a second, a mask takes tens of microseconds. A hop to a
+thread and back takes longer than that, so a thread is given the tokens of several rows at once;
+those of rows whose last mask took long go to other threads, one by one.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 from jlorax.actors.mailbox import Mailbox
 from jlorax.actors.messages import (
     AcceptToken,
+    AcceptTokens,
     CompileGrammar,
+    GrammarAnswers,
     GrammarEnded,
     GrammarFailed,
     GrammarMessage,
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("jlorax.grammars")
 _COMPILING_THREADS = 4
 _MASK_THREADS = 4
+_ROWS_A_THREAD = 8  # at least, if there are so many
 
 
 class Matcher(Protocol):
@@ -47,6 +52,10 @@ class Matcher(Protocol):
 
     @property
     def is_dead(self) -> bool: ...
+
+    @property
+    def is_slow(self) -> bool:
+        """Its last mask took so long that others had better not stand behind it."""
 
 
 class Grammar(Protocol):
@@ -77,6 +86,7 @@ class Grammars:
         self._compiler = compiler
         self._compiling = ThreadPoolExecutor(_COMPILING_THREADS, "grammar-compile")
         self._masks = ThreadPoolExecutor(_MASK_THREADS, "grammar-mask")
+        self._slow_masks = ThreadPoolExecutor(_MASK_THREADS, "grammar-slow-mask")
 
     async def run(self) -> None:
         try:
@@ -85,10 +95,10 @@ class Grammars:
                     match message:
                         case CompileGrammar():
                             tasks.create_task(self._compile(message))
-                        case AcceptToken(sequence, token):
-                            self._masks.submit(self._accept, sequence, token)
+                        case AcceptTokens(tokens):
+                            self._hand_out(tokens)
         finally:
-            for threads in (self._compiling, self._masks):
+            for threads in (self._compiling, self._masks, self._slow_masks):
                 threads.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self._compiler.close)
 
@@ -113,14 +123,27 @@ class Grammars:
             raise InvalidRequest("the grammar admits no answer but the empty one")
         return GrammarStart(matcher, mask)
 
-    def _accept(self, sequence: Sequence, token: int) -> None:
-        try:
-            answer = _after(sequence, token)
-        except Exception as error:
-            log.error("a grammar broke down: %s", type(error).__name__)
-            reason = f"the grammar broke down: {type(error).__name__}"
-            answer = GrammarFailed(sequence, JLoraxError(reason))
-        self._scheduler.post_from_thread(answer)
+    def _hand_out(self, tokens: tuple[AcceptToken, ...]) -> None:
+        quick = [drawn for drawn in tokens if not drawn.sequence.matcher.is_slow]
+        size = max(_ROWS_A_THREAD, -(-len(quick) // _MASK_THREADS))
+        for first in range(0, len(quick), size):
+            self._masks.submit(self._accept, quick[first : first + size])
+        for drawn in tokens:
+            if drawn.sequence.matcher.is_slow:
+                self._slow_masks.submit(self._accept, [drawn])
+
+    def _accept(self, tokens: list[AcceptToken]) -> None:
+        answers = tuple(_answer(drawn.sequence, drawn.token) for drawn in tokens)
+        self._scheduler.post_from_thread(GrammarAnswers(answers))
+
+
+def _answer(sequence: Sequence, token: int) -> MaskReady | GrammarEnded | GrammarFailed:
+    try:
+        return _after(sequence, token)
+    except Exception as error:
+        log.error("a grammar broke down: %s", type(error).__name__)
+        reason = f"the grammar broke down: {type(error).__name__}"
+        return GrammarFailed(sequence, JLoraxError(reason))
 
 
 def _after(sequence: Sequence, token: int) -> MaskReady | GrammarEnded | GrammarFailed:

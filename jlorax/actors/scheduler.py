@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from jlorax.actors.mailbox import Mailbox
 from jlorax.actors.messages import (
     AcceptToken,
+    AcceptTokens,
     Acquire,
     AdapterAtHand,
     AdapterFailed,
@@ -18,6 +21,7 @@ from jlorax.actors.messages import (
     Admit,
     CacheMessage,
     Forget,
+    GrammarAnswers,
     GrammarEnded,
     GrammarFailed,
     GrammarMessage,
@@ -33,13 +37,19 @@ from jlorax.actors.messages import (
 from jlorax.actors.stream import Scored, StreamToken, TokenStream
 from jlorax.errors import JLoraxError
 from jlorax.metrics import Metrics
-from jlorax.scheduling.policy import Emission, Policy
+from jlorax.scheduling.patience import Patience
+from jlorax.scheduling.policy import Emission, Policy, StepResults
 from jlorax.scheduling.sequence import Sequence
+from jlorax.scheduling.step_plan import StepPlan
 from jlorax.types import AdapterVersion, FinishReason
 
 _TURNS_TO_GATHER = 4
 MAX_STEPS_IN_FLIGHT = 2  # one runs, one is queued behind it
-_MASKS_WITHIN_S = 0.002  # a step's worth of masks takes a tenth of it, unless a grammar is hard
+
+
+class _Held(NamedTuple):
+    emission: Emission
+    since_s: float
 
 
 class Scheduler:
@@ -51,6 +61,8 @@ class Scheduler:
         grammars: Mailbox[GrammarMessage],
         policy: Policy,
         metrics: Metrics,
+        masks_within: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inbox = inbox
         self._cache = cache
@@ -58,9 +70,10 @@ class Scheduler:
         self._grammars = grammars
         self._policy = policy
         self._metrics = metrics
+        self._patience = Patience(masks_within)
+        self._clock = clock
         self._num_in_flight = 0
-        self._held: dict[Sequence, Emission] = {}  # tokens that their grammars have to see first
-        self._held_since_s = 0.0
+        self._held: dict[Sequence, _Held] = {}  # tokens that their grammars have to see first
         self._timer: asyncio.TimerHandle | None = None
 
     async def run(self) -> None:
@@ -68,7 +81,7 @@ class Scheduler:
             self._take(message)
             if len(self._inbox):  # what came together is decided together
                 continue
-            now_s = time.monotonic()
+            now_s = self._clock()
             self._put_in_order(now_s)
             if not self._num_in_flight and await self._more_is_coming():
                 continue
@@ -92,10 +105,13 @@ class Scheduler:
 
         A step that is planned the moment the last one is read would always be without them, and
         they would draw in every third step only. Never while the device idles and others could go
-        on; and a grammar that takes longer is not waited for.
+        on; and a grammar that takes longer is not waited for, nor again by a later step.
         """
-        left_s = self._held_since_s + _MASKS_WITHIN_S - now_s
-        if not self._held or left_s <= 0:
+        if not self._held:
+            return False
+        latest = next(reversed(self._held.values()))
+        left_s = latest.since_s + self._patience.hold_s - now_s
+        if left_s <= 0:
             return False
         if not self._num_in_flight and any(s.matcher is None for s in self._policy.running):
             return False
@@ -114,17 +130,10 @@ class Scheduler:
             case Wake():
                 pass
             case StepDone(plan, output):
-                self._num_in_flight -= 1
-                for emission in self._policy.complete(plan, output):
-                    self._emit(emission)
-            case MaskReady(sequence, mask):
-                sequence.mask = mask
-                self._put(self._held.pop(sequence))
-            case GrammarEnded(sequence):
-                self._end(self._held.pop(sequence))
-            case GrammarFailed(sequence, error):
-                self._put(self._held.pop(sequence))
-                self._fail(sequence, error)
+                self._complete(plan, output, self._clock())
+            case GrammarAnswers(answers):
+                for answer in answers:
+                    self._hear(answer, self._held.pop(answer.sequence).emission)
             case AdapterAtHand(version):
                 self._policy.at_hand(version)
             case AdapterLoading(version):
@@ -169,20 +178,38 @@ class Scheduler:
             plan = self._policy.plan(now_s)
             if plan is None:
                 return
+            if not self._num_in_flight:
+                self._patience.launched_alone(now_s)
             self._num_in_flight += 1
             self._metrics.step("decode" if plan.shape.is_decode else "extend", plan.num_tokens)
             # In the lane of the cache's writes: a write must never pass a step sent before it.
             self._runner.post(RunStep(plan))
 
-    def _emit(self, emission: Emission) -> None:
-        """Under a grammar only once that has said whether the token is the last."""
-        sequence = emission.sequence
-        if sequence.matcher is None or emission.token is None or emission.finish_reason is not None:
-            self._put(emission)
-            return
-        self._held[sequence] = emission
-        self._held_since_s = time.monotonic()
-        self._grammars.post(AcceptToken(sequence, emission.token))
+    def _complete(self, plan: StepPlan, output: StepResults, now_s: float) -> None:
+        """A token under a grammar is shown once that has said whether it is the last."""
+        self._num_in_flight -= 1
+        self._patience.read(now_s, is_decode=plan.shape.is_decode)
+        drawn = []
+        for emission in self._policy.complete(plan, output):
+            sequence, token = emission.sequence, emission.token
+            if sequence.matcher is None or token is None or emission.finish_reason is not None:
+                self._put(emission)
+            else:
+                self._held[sequence] = _Held(emission, now_s)
+                drawn.append(AcceptToken(sequence, token))
+        if drawn:
+            self._grammars.post(AcceptTokens(tuple(drawn)))
+
+    def _hear(self, answer: MaskReady | GrammarEnded | GrammarFailed, emission: Emission) -> None:
+        match answer:
+            case MaskReady(sequence, mask):
+                sequence.mask = mask
+                self._put(emission)
+            case GrammarEnded():
+                self._end(emission)
+            case GrammarFailed(sequence, error):
+                self._put(emission)
+                self._fail(sequence, error)
 
     def _end(self, emission: Emission) -> None:
         emission.sequence.finish_reason = FinishReason.EOS_TOKEN

@@ -200,7 +200,7 @@ class Policy:
                 continue  # preempted in this very loop, or not its turn
             if self._grow(sequence):
                 chosen.append(sequence)
-        if not chosen:
+        if not chosen or self._would_part(chosen):
             return None
         chunks = [Chunk(s, s.num_computed, 1, self._slot(s), True) for s in chosen]
         chunks.sort(key=lambda chunk: chunk.slot)
@@ -208,6 +208,17 @@ class Policy:
         plan = self._builder.decode(shape, chunks)
         self._launch(chunks)
         return plan
+
+    def _would_part(self, chosen: list[Sequence]) -> bool:
+        """Whether these, who all draw under grammars, would take turns with others who do.
+
+        No grammar knows its next mask before a step is read. Two groups whose steps follow each
+        other would stay apart for ever, at two steps a token each; together they have a token a
+        step, and the device waits for their masks. A free sequence's steps hide that wait.
+        """
+        return all(s.matcher is not None for s in chosen) and any(
+            s.matcher is not None and s.is_decoding for s in self.running
+        )
 
     def _plan_extend(self, now_s: float) -> StepPlan | None:
         batch = ExtendBatch(self._extend_shapes, self._scoring_shapes)

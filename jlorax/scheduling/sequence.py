@@ -80,6 +80,11 @@ class Sequence:
         return self.num_computed < self.num_prefill
 
     @property
+    def is_decoding(self) -> bool:
+        """A decode step that draws for it is in flight."""
+        return self.num_in_flight > 0 and self.num_computed > self.num_prefill
+
+    @property
     def is_to_be_scored(self) -> bool:
         """Its prompt is computed in scoring steps; once that is done, and lost, in any."""
         return self.scores is not None and len(self.tokens) == len(self.prompt)

@@ -20,7 +20,8 @@ from jlorax.types import Constraint
 
 MAX_KEPT_GRAMMARS = 256
 MAX_KEPT_BYTES = 512 << 20
-MAX_STEP_S = 0.25  # of processor time: every sequence of the batch waits for a mask
+MAX_STEP_S = 0.25  # of processor time
+SLOW_STEP_S = 0.002  # likewise; masks take a fortieth of it, hard ones a quarter
 
 
 class GrammarCompiler:
@@ -116,6 +117,7 @@ class Matcher:
         self._vocabulary = vocabulary
         self._automaton = automaton
         self._is_finished = False
+        self._step_s = 0.0  # that the last mask took
         self.dead_end: str | None = None  # why no token may follow
 
     @property
@@ -128,6 +130,11 @@ class Matcher:
         """No token may follow, and the grammar is not complete; known after ``mask``."""
         return self.dead_end is not None
 
+    @property
+    def is_slow(self) -> bool:
+        """Its last mask took so long that others had better not stand behind it."""
+        return self._step_s > SLOW_STEP_S
+
     def mask(self) -> Words:
         """Which token may follow: i32[ceil(vocab_size / 32)], the caller's own.
 
@@ -138,11 +145,11 @@ class Matcher:
             return self._vocabulary.eos.copy()
         begin_s = time.thread_time()
         mask = self._vocabulary.mask_of(self._automaton)
-        step_s = time.thread_time() - begin_s
+        self._step_s = time.thread_time() - begin_s
         if self._automaton.is_error():
             self._die(self._automaton.get_error())
-        elif step_s > MAX_STEP_S:
-            self._die(f"one token took {step_s:.2f} s, over {MAX_STEP_S}")
+        elif self._step_s > MAX_STEP_S:
+            self._die(f"one token took {self._step_s:.2f} s, over {MAX_STEP_S}")
         elif not mask.any():
             self._end_without_a_token()
         return mask

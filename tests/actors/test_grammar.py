@@ -14,7 +14,9 @@ from jlorax.actors.grammar import Grammars
 from jlorax.actors.mailbox import Mailbox
 from jlorax.actors.messages import (
     AcceptToken,
+    AcceptTokens,
     CompileGrammar,
+    GrammarAnswers,
     GrammarEnded,
     GrammarFailed,
     GrammarMessage,
@@ -27,6 +29,7 @@ from jlorax.scheduling.sequence import Sequence
 from jlorax.types import Constraint, ConstraintKind, SamplingParams
 
 MASK = np.array([6], np.int32)
+Answer = MaskReady | GrammarEnded | GrammarFailed
 
 
 class Countdown:
@@ -37,6 +40,7 @@ class Countdown:
         self.is_deadly = is_deadly
         self.accepted: list[int] = []
         self.threads: set[str] = set()
+        self.is_slow = False
 
     def mask(self) -> np.ndarray:
         return MASK + len(self.accepted)
@@ -96,9 +100,15 @@ class Rig:
         self.inbox.post(CompileGrammar(Constraint(ConstraintKind.REGEX, source), reply))
         return reply
 
-    async def accepted(self, matcher: Countdown, token: int) -> SchedulerMessage:
-        self.inbox.post(AcceptToken(sequence_under(matcher), token))
-        return await anext(self.scheduler)
+    async def accepted(self, matcher: Countdown, token: int) -> Answer:
+        return (await self.answers(AcceptToken(sequence_under(matcher), token)))[0]
+
+    async def answers(self, *tokens: AcceptToken) -> tuple[Answer, ...]:
+        """Those that come together first."""
+        self.inbox.post(AcceptTokens(tokens))
+        message = await anext(self.scheduler)
+        assert isinstance(message, GrammarAnswers)
+        return message.answers
 
 
 def sequence_under(matcher: Countdown) -> Sequence:
@@ -191,8 +201,7 @@ def test_a_dead_end_says_after_how_many_tokens() -> None:
     async def test(rig: Rig) -> None:
         sequence = sequence_under(Countdown(1, is_deadly=True))
         sequence.accept(5)
-        rig.inbox.post(AcceptToken(sequence, 5))
-        answer = await anext(rig.scheduler)
+        [answer] = await rig.answers(AcceptToken(sequence, 5))
         assert isinstance(answer, GrammarFailed)
         assert answer.sequence is sequence
         assert isinstance(answer.error, GrammarDeadEnd)
@@ -203,10 +212,63 @@ def test_a_dead_end_says_after_how_many_tokens() -> None:
 
 def test_a_matcher_that_breaks_fails_its_sequence_alone() -> None:
     async def test(rig: Rig) -> None:
-        answer = await rig.accepted(Countdown(9), -1)
+        drawn = [AcceptToken(sequence_under(Countdown(9)), token) for token in (4, -1, 4)]
+        first, answer, last = await rig.answers(*drawn)
         assert isinstance(answer, GrammarFailed)
+        assert answer.sequence is drawn[1].sequence
         assert "ZeroDivisionError" in str(answer.error)
         assert "secret" not in str(answer.error)
-        assert isinstance(await rig.accepted(Countdown(9), 4), MaskReady)
+        assert isinstance(first, MaskReady)
+        assert isinstance(last, MaskReady)
+
+    run(test)
+
+
+def test_a_steps_tokens_are_shared_by_threads_when_there_are_many() -> None:
+    async def test(rig: Rig) -> None:
+        drawn = [AcceptToken(sequence_under(Countdown(9)), i) for i in range(50)]
+        rig.inbox.post(AcceptTokens(tuple(drawn)))
+        answers: list[Answer] = []
+        num_messages = 0
+        while len(answers) < len(drawn):
+            message = await anext(rig.scheduler)
+            assert isinstance(message, GrammarAnswers)
+            answers += message.answers
+            num_messages += 1
+        assert num_messages == 4
+        assert {id(answer.sequence) for answer in answers} == {id(d.sequence) for d in drawn}
+        assert all(d.sequence.matcher.accepted == [d.token] for d in drawn)
+
+    run(test)
+
+
+class Gated(Countdown):
+    """Its next mask comes when the gate opens."""
+
+    def __init__(self, gate: threading.Event, is_slow: bool) -> None:
+        super().__init__(9)
+        self.gate = gate
+        self.is_slow = is_slow
+
+    def mask(self) -> np.ndarray:
+        assert not self.accepted or self.gate.wait(30)
+        return super().mask()
+
+
+def test_nobody_stands_behind_a_slow_matcher() -> None:
+    async def test(rig: Rig) -> None:
+        gate = threading.Event()
+        slow = [Gated(gate, is_slow=True) for _ in range(9)]  # more than there are threads
+        quick = Countdown(9)
+        answers = await rig.answers(
+            *(AcceptToken(sequence_under(matcher), 1) for matcher in (*slow, quick))
+        )
+        assert [answer.sequence.matcher for answer in answers] == [quick]
+        gate.set()
+        for _ in slow:
+            message = await anext(rig.scheduler)
+            assert isinstance(message, GrammarAnswers)
+            [answer] = message.answers
+            assert isinstance(answer, MaskReady)
 
     run(test)

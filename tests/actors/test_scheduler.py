@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 import numpy as np
-import pytest
 
-from jlorax.actors import scheduler as module
 from jlorax.actors.mailbox import Mailbox
 from jlorax.actors.messages import (
     AcceptToken,
+    AcceptTokens,
     Admit,
     CacheMessage,
+    GrammarAnswers,
     GrammarEnded,
     GrammarFailed,
     GrammarMessage,
@@ -42,7 +43,8 @@ _TURNS = 20  # of the loop: more than any chain of messages here takes
 class Rig:
     """Steps are computed when they are launched, and read when a test says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] | None) -> None:
+        self.now_s = 0.0
         self.inbox: Mailbox[SchedulerMessage] = Mailbox(64)
         self.cache: Mailbox[CacheMessage] = Mailbox(64)
         self.runner: Mailbox[RunnerMessage] = Mailbox(64)
@@ -51,7 +53,14 @@ class Rig:
         self.device = FakeDevice(self.policy.config)
         self.launched: deque[tuple[StepPlan, Any]] = deque()
         self.scheduler = Scheduler(
-            self.inbox, self.cache, self.runner, self.grammars, self.policy, Metrics()
+            self.inbox,
+            self.cache,
+            self.runner,
+            self.grammars,
+            self.policy,
+            Metrics(),
+            masks_within=0.5,
+            clock=clock or (lambda: self.now_s),
         )
 
     async def settle(self) -> None:
@@ -76,18 +85,28 @@ class Rig:
         return plan
 
     async def asked(self) -> AcceptToken:
+        """What a step drew under a grammar, where that is one token."""
         message = await anext(self.grammars)
-        assert isinstance(message, AcceptToken)
-        return message
+        assert isinstance(message, AcceptTokens)
+        [drawn] = message.tokens
+        return drawn
 
-    async def hear(self, message: SchedulerMessage) -> None:
-        self.inbox.post(message)
+    async def wake(self) -> None:
+        self.inbox.post(Wake())
+        await self.settle()
+
+    async def hear(self, *answers: MaskReady | GrammarEnded | GrammarFailed) -> None:
+        self.inbox.post(GrammarAnswers(answers))
         await self.settle()
 
 
-def run(test: Callable[[Rig], Coroutine[Any, Any, None]]) -> None:
+def run(
+    test: Callable[[Rig], Coroutine[Any, Any, None]], clock: Callable[[], float] | None = None
+) -> None:
+    """``clock`` None: time passes when the test says so."""
+
     async def whole() -> None:
-        rig = Rig()
+        rig = Rig(clock)
         actor = asyncio.create_task(rig.scheduler.run())
         try:
             async with asyncio.timeout(20):
@@ -99,12 +118,6 @@ def run(test: Callable[[Rig], Coroutine[Any, Any, None]]) -> None:
         assert actor.cancelled()
 
     asyncio.run(whole())
-
-
-@pytest.fixture(autouse=True)
-def endless_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that nothing here depends on a clock; one test takes it away."""
-    monkeypatch.setattr(module, "_MASKS_WITHIN_S", 60.0)
 
 
 def under(grammar: FakeGrammar, max_new_tokens: int = 9) -> Sequence:
@@ -181,7 +194,7 @@ def test_an_answer_for_whoever_went_away_harms_nobody() -> None:
         await rig.admit(seq, other)
         await rig.read()
         seq.stream.is_cancelled = True
-        await rig.hear(Wake())
+        await rig.wake()
         assert rig.policy.running == [other]
         await rig.hear(next_mask(seq))
         assert rig.policy.running == [other]
@@ -218,23 +231,47 @@ def test_an_idle_device_waits_for_no_mask() -> None:
     run(test)
 
 
-def test_a_slow_grammar_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_grammar_is_waited_for_once_a_token() -> None:
     async def test(rig: Rig) -> None:
         first, second = under(FakeGrammar(1)), under(FakeGrammar(2))
         await rig.admit(first, second)
         await rig.read()
         await rig.hear(next_mask(first))
         assert not rig.launched  # the other's is still to come
-        monkeypatch.setattr(module, "_MASKS_WITHIN_S", 0.0)
-        await rig.hear(Wake())
+        rig.now_s = 1.0
+        await rig.wake()
+        for _ in range(3):
+            rig.now_s += 1.0
+            plan = await rig.read()
+            assert plan.outputs == (first,)
+            assert not rig.launched
+            await rig.hear(next_mask(first))
+            assert len(rig.launched) == 1
+
+    run(test)
+
+
+def test_how_long_it_is_waited_for_follows_the_steps() -> None:
+    async def test(rig: Rig) -> None:
+        first, second = under(FakeGrammar(1)), under(FakeGrammar(2))
+        await rig.admit(first, second)
+        await rig.read()
+        for seq in (first, second):
+            await rig.hear(next_mask(seq))
+        rig.now_s = 10.0
+        await rig.read()
+        await rig.hear(next_mask(first))
+        rig.now_s += 4.9
+        await rig.wake()
+        assert not rig.launched
+        rig.now_s += 0.2
+        await rig.wake()
         assert rig.launched[0][0].outputs == (first,)
 
     run(test)
 
 
-def test_time_is_up_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MASKS_WITHIN_S", 0.001)
-
+def test_time_is_up_by_itself() -> None:
     async def test(rig: Rig) -> None:
         first, second = under(FakeGrammar(1)), under(FakeGrammar(2))
         await rig.admit(first, second)
@@ -245,7 +282,7 @@ def test_time_is_up_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
                 await rig.settle()
             assert rig.launched[0][0].outputs == (first,)
 
-    run(test)
+    run(test, time.monotonic)
 
 
 def test_scores_come_before_the_first_token_or_alone() -> None:

@@ -83,6 +83,68 @@ def test_others_never_wait_for_a_mask() -> None:
     assert w.answer(slow) == alone(slow)
 
 
+def out_of_step(w: World) -> tuple[Sequence, Sequence]:
+    """Two under grammars: the first is in a decode step in flight, the second could be in the
+    next."""
+    first = w.add(under(FakeGrammar(1)))
+    w.launch()
+    w.read()
+    w.hear_grammar()
+    w.launch()
+    second = w.add(under(FakeGrammar(2)))
+    w.launch()
+    w.read()
+    w.hear_grammar()
+    plan = w.launch()
+    assert plan is not None
+    assert plan.outputs == (first,)  # it waits for no prompt's step
+    w.read()
+    w.hear_grammar()
+    return first, second
+
+
+def test_rows_under_grammars_decode_together_when_nobody_else_does() -> None:
+    w = world()
+    first, second = out_of_step(w)
+    assert w.launch() is None
+    w.read()
+    w.hear_grammar()
+    plan = w.launch()
+    assert plan is not None
+    assert set(plan.outputs) == {first, second}
+    w.run()
+    assert w.answer(second) == alone(second)
+
+
+def test_rows_under_grammars_may_take_turns_in_company() -> None:
+    w = world()
+    first, second = out_of_step(w)
+    other = w.add(plain())
+    w.launch()
+    w.read()
+    plan = w.launch()
+    assert plan is not None
+    assert set(plan.outputs) == {second, other}
+    w.hear_grammar()
+    w.read()
+    plan = w.launch()
+    assert plan is not None
+    assert set(plan.outputs) == {first, other}
+
+
+def test_the_last_step_of_others_is_not_waited_for() -> None:
+    w = world()
+    seq, other = w.add(under(FakeGrammar(1))), w.add(plain(max_new_tokens=2))
+    w.launch()
+    w.launch()
+    w.read()
+    w.hear_grammar()
+    assert [plan.outputs for plan, _ in w.in_flight] == [(other,)]
+    plan = w.launch()
+    assert plan is not None
+    assert plan.outputs == (seq,)
+
+
 def test_a_preempted_sequence_whose_mask_is_late_comes_back_and_waits_alone() -> None:
     w = world(num_pages=6)
     first, late = w.add(plain(max_new_tokens=14)), w.add(under(FakeGrammar(2), 12))

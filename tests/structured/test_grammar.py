@@ -129,6 +129,16 @@ def test_a_token_that_takes_too_long_is_a_dead_end(monkeypatch: pytest.MonkeyPat
     assert matcher.dead_end is not None and "took" in matcher.dead_end
 
 
+def test_a_mask_that_took_long_makes_its_matcher_a_slow_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matcher = matcher_of(regex("a"))
+    assert not matcher.is_slow
+    monkeypatch.setattr(grammar_module, "SLOW_STEP_S", 0.0)
+    matcher.mask()
+    assert matcher.is_slow
+
+
 # --- what the kinds mean
 
 
