@@ -16,6 +16,7 @@ from benchmarks import (
     kernels,
     make_adapters,
     serving,
+    training,
 )
 
 COMMANDS = {
@@ -26,6 +27,7 @@ COMMANDS = {
     "http": http_streaming,
     "front-end": front_end,
     "serving": serving,
+    "training": training,
     "make-adapters": make_adapters,
 }
 

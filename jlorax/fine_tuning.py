@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jlorax.defaults import default_cache_dir
-from jlorax.errors import JLoraxError, RequestCancelled, TrainingFailed
+from jlorax.errors import RequestCancelled, TrainingFailed
 from jlorax.training.aliases import config_from_mapping
 from jlorax.training.config import TrainConfig
 from jlorax.training.events import (
@@ -74,14 +74,9 @@ class FinetuneJob:
     def watch(self) -> Iterator[Event]:
         """Every event from the first on, as they come, until the training has ended."""
         seen = 0
-        while True:
-            with self._news:
-                self._news.wait_for(lambda: len(self._events) > seen or self._has_ended)
-                fresh, has_ended = self._events[seen:], self._has_ended
+        while fresh := self._after(seen):
             yield from fresh
             seen += len(fresh)
-            if has_ended and not fresh:
-                return
 
     def cancel(self) -> None:
         """Ends it within a step, with a checkpoint; the same call as before continues it."""
@@ -115,6 +110,12 @@ class FinetuneJob:
                 case Failed(code, message):
                     raise TrainingFailed(code, message)
         raise TrainingFailed("internal", self._last_words())
+
+    def _after(self, seen: int) -> list[Event]:
+        """Waits for more; none: it has ended."""
+        with self._news:
+            self._news.wait_for(lambda: len(self._events) > seen or self._has_ended)
+            return self._events[seen:]
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

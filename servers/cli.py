@@ -1,4 +1,4 @@
-"""The command line: ``jlorax serve | demo | generate | chat | adapters``.
+"""The command line: ``jlorax serve | demo | generate | chat | train | adapters | export``.
 
 Here alone argv and the environment are read.
 """
@@ -11,12 +11,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jlorax.client import DEFAULT_URL, Client
-from jlorax.defaults import Machine
+from jlorax.defaults import Machine, default_cache_dir
 from jlorax.errors import ConfigError, JLoraxError
-from servers import settings
+from servers import settings, train
 
 # jax's own share is 0.75; the rest of the card is for the driver and what it keeps for code
 _MEMORY_FRACTION = 0.92
@@ -61,10 +62,35 @@ def _parser() -> argparse.ArgumentParser:
     chat = _command(commands, "chat", _chat, "talk to a running server")
     _client_arguments(chat)
 
-    adapters = _command(commands, "adapters", _adapters, "what a running server can serve")
-    adapters.add_argument("action", choices=["ls"])
-    adapters.add_argument("--url", default=DEFAULT_URL)
+    training = _command(commands, "train", _train, "make an adapter: train a LoRA on examples")
+    train.add_arguments(training)
+    _cache_argument(training)
+
+    adapters = commands.add_parser("adapters", help="list and import adapters", allow_abbrev=False)
+    _adapters_commands(adapters.add_subparsers(metavar="ACTION", required=True))
+
+    export = _command(commands, "export", _export, "base model and adapter as one model's folder")
+    export.add_argument("--base", metavar="DIR|GGUF|HUB_ID", help="(default: the embedded model)")
+    export.add_argument("--adapter", required=True, metavar="DIR", help="a PEFT folder")
+    export.add_argument("--out", required=True, metavar="DIR", help="a folder that is not there")
+    _cache_argument(export)
     return parser
+
+
+def _adapters_commands(actions: Any) -> None:
+    ls = _command(actions, "ls", _adapters, "what a running server can serve")
+    ls.add_argument("--url", default=DEFAULT_URL)
+
+    importing = _command(actions, "import", _import, "a PEFT folder as a name's next version")
+    importing.add_argument("folder", metavar="DIR")
+    importing.add_argument("--name", required=True, help="versions appear as NAME/1, NAME/2, ...")
+    importing.add_argument(
+        "--adapter-root", required=True, metavar="DIR", help="as `jlorax serve` has it"
+    )
+
+
+def _cache_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--cache-dir", metavar="DIR", help="prepared models [JLORAX_CACHE_DIR]")
 
 
 def _command(commands: Any, name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
@@ -89,7 +115,7 @@ def _configure_logging(arguments: argparse.Namespace) -> None:
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
     )
-    for noisy in ("jax", "asyncio", "aiohttp", "urllib3", "huggingface_hub", "httpx"):
+    for noisy in ("absl", "jax", "asyncio", "aiohttp", "urllib3", "huggingface_hub", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -122,9 +148,41 @@ def machine() -> Machine:
     """What the model will run on. Starts jax, which takes its share of a GPU's memory then."""
     from jlorax.assembly import running_on
 
+    _take_the_card()
+    return running_on()
+
+
+def _take_the_card() -> None:
+    """Unless somebody said how much of it; before jax starts."""
     if not any(name in os.environ for name in _MEMORY_FRACTIONS):
         os.environ[_MEMORY_FRACTIONS[0]] = str(_MEMORY_FRACTION)
-    return running_on()
+
+
+# ---- training
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config, cache_dir = train.config_of(vars(arguments)), _cache_dir(arguments)
+    as_json = arguments.json or not sys.stdout.isatty()
+    _take_the_card()
+    if arguments.dry_run:
+        return train.dry_run(config, cache_dir, as_json=arguments.json)
+    return train.train(config, cache_dir, as_json=as_json)
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    root = Path(arguments.adapter_root).expanduser()
+    return train.import_adapter(Path(arguments.folder).expanduser(), arguments.name, root)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    adapter, out = (Path(path).expanduser() for path in (arguments.adapter, arguments.out))
+    return train.export(arguments.base, adapter, out, _cache_dir(arguments))
+
+
+def _cache_dir(arguments: argparse.Namespace) -> Path:
+    named = arguments.cache_dir or os.environ.get("JLORAX_CACHE_DIR")
+    return Path(named).expanduser() if named else default_cache_dir(os.environ)
 
 
 # ---- the client

@@ -7,6 +7,7 @@ A configuration travels between processes and is recorded with the adapter, so i
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from jlorax.adapters.registry import check_id
 from jlorax.config import DTYPES
 from jlorax.errors import ConfigError, InvalidAdapterId
 
-Mode = Literal["auto", "completion", "chat", "text", "template"]
+Mode = Literal["auto", "completion", "chat", "text", "template", "alpaca"]
 OnLong = Literal["truncate", "drop", "error"]
 Schedule = Literal["cosine", "linear", "constant"]
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
@@ -39,9 +40,33 @@ def _in(name: str, value: float, low: float, high: float) -> None:
     )
 
 
+def _whole(name: str, value: float, low: int, high: int) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    _require(is_whole, f"{name} is {value!r}; a whole number is needed")
+    _in(name, value, low, high)
+
+
 def _one_of(name: str, value: object, allowed: Any) -> None:
     choices = get_args(allowed) or allowed
     _require(value in choices, f"{name} is {value!r}; allowed are: {', '.join(map(str, choices))}")
+
+
+def template_parts(template: str) -> list[tuple[str, str | None]]:
+    """(text, the column that stands after it), in order. ``{column}`` alone is understood, and
+    ``{{`` as a brace: nothing else of Python's format is looked up or run."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(
+            f"template {template!r}: {error}; a brace itself is {{{{ or }}}}"
+        ) from None
+    for _, column, spec, conversion in parts:
+        if column is not None and (spec or conversion or not column):
+            raise ConfigError(
+                f"template has {{{column}...}}: only {{column}} is understood; a brace itself is "
+                "{{ or }}"
+            )
+    return [(text, column) for text, column, _, _ in parts]
 
 
 @dataclass(frozen=True)
@@ -49,9 +74,10 @@ class DataConfig:
     """Where the examples come from, and how a row becomes one.
 
     ``mode`` "auto": by the columns that are there: ``messages``, else ``prompt`` and
-    ``completion``, else ``text``; a ``template`` over the row's columns makes the prompt itself.
-    ``use_chat_template`` None: prompts and completions are a user's and the assistant's where the
-    model has a chat template. ``root``: paths outside it are refused.
+    ``completion``, else ``text``, else Alpaca's ``instruction``, ``input``, ``output``; a
+    ``template`` over the row's columns makes the prompt itself. ``use_chat_template`` None:
+    prompts and completions are a user's and the assistant's where the model has a chat template.
+    ``root``: paths outside it are refused.
     """
 
     dataset: str
@@ -76,11 +102,19 @@ class DataConfig:
         _in("validation_fraction", self.validation_fraction, 0, 0.9)
         _one_of("mode", self.mode, Mode)
         _one_of("on_long", self.on_long, OnLong)
-        _in("max_seq_len", self.max_seq_len, *SEQ_LENS)
+        _whole("max_seq_len", self.max_seq_len, *SEQ_LENS)
+        self._check_template()
+
+    def _check_template(self) -> None:
+        if self.template is None:
+            _require(self.mode != "template", 'mode is "template", but there is no template')
+            return
         _require(
-            self.mode != "template" or self.template is not None,
-            'mode is "template", but there is no template',
+            self.mode in ("auto", "template"),
+            f"mode is {self.mode!r}: a template has no place there",
         )
+        columns = [column for _, column in template_parts(self.template) if column is not None]
+        _require(bool(columns), "template names no {column}: all prompts would be the same")
 
 
 @dataclass(frozen=True)
@@ -98,10 +132,10 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for name, rank in {"rank": self.rank, **_named("rank_pattern", self.rank_pattern)}.items():
-            _in(name, rank, 1, MAX_RANK)
-        _require(self.alpha is None or self.alpha > 0, f"alpha is {self.alpha}; it must be above 0")
-        for name, alpha in _named("alpha_pattern", self.alpha_pattern).items():
-            _require(alpha > 0, f"{name} is {alpha}; it must be above 0")
+            _whole(name, rank, 1, MAX_RANK)
+        alphas = {"alpha": self.effective_alpha, **_named("alpha_pattern", self.alpha_pattern)}
+        for name, alpha in alphas.items():
+            _in(name, alpha, 1e-6, 1e6)
         _require(bool(self.targets), "targets is empty: nothing would be trained")
         _require(
             self.targets == ALL_LINEAR or isinstance(self.targets, tuple),
@@ -167,7 +201,6 @@ class RunConfig:
     early_stopping_patience: int | None = None
     checkpoint_every_steps: int = 50
     objective: str = "sft"
-    memory_bytes: int | None = None
     resume: bool = True
     log_dir: str | None = None
 
@@ -176,14 +209,14 @@ class RunConfig:
             check_id(self.name)
         except InvalidAdapterId as error:
             raise ConfigError(f"name: {error}") from None
-        _in("epochs", self.epochs, 1, MAX_EPOCHS)
-        _in("batch_size", self.batch_size, 1, MAX_ROWS)
-        _in("accumulation", self.accumulation, 1, MAX_ROWS)
-        _in("seed", self.seed, 0, 2**31 - 1)
-        _in("checkpoint_every_steps", self.checkpoint_every_steps, 1, MAX_STEPS)
+        _whole("epochs", self.epochs, 1, MAX_EPOCHS)
+        _whole("batch_size", self.batch_size, 1, MAX_ROWS)
+        _whole("accumulation", self.accumulation, 1, MAX_ROWS)
+        _whole("seed", self.seed, 0, 2**31 - 1)
+        _whole("checkpoint_every_steps", self.checkpoint_every_steps, 1, MAX_STEPS)
         for name in ("max_steps", "eval_every_steps", "early_stopping_patience"):
             if getattr(self, name) is not None:
-                _in(name, getattr(self, name), 1, MAX_STEPS)
+                _whole(name, getattr(self, name), 1, MAX_STEPS)
         _one_of("dtype", self.dtype, (None, *DTYPES))
         _one_of("base_quantization", self.base_quantization, (None, "int8"))
         _one_of("objective", self.objective, ("sft",))

@@ -4,11 +4,11 @@ prompt, completion   the completion and its end are learnt
 messages             every turn of the assistant and its end
 text                 all of it
 template             a prompt made of the row's columns, then as prompt and completion
+alpaca               a prompt made of instruction and input, then as prompt and output
 """
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -16,10 +16,35 @@ from typing import Any, Protocol
 import numpy as np
 
 from jlorax.errors import ConfigError, DataInvalid, InvalidRequest
-from jlorax.training.config import DataConfig, Mode
+from jlorax.training.config import DataConfig, Mode, template_parts
 from jlorax.training.records import Digest, Row, read_rows
 
 Message = Mapping[str, Any]
+MakeExample = Callable[[Row, int], "Example | None"]
+INSTRUCTION, INPUT, OUTPUT = "instruction", "input", "output"
+
+# Stanford Alpaca's (Taori et al. 2023) as axolotl writes them
+_ALPACA = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the \
+request.
+
+### Instruction:
+{}
+
+### Response:
+"""
+_ALPACA_WITH_INPUT = """\
+Below is an instruction that describes a task, paired with an input that provides further context. \
+Write a response that appropriately completes the request.
+
+### Instruction:
+{}
+
+### Input:
+{}
+
+### Response:
+"""
 
 
 class ExampleTokenizer(Protocol):
@@ -164,7 +189,7 @@ class _Maker:
     def __init__(self, config: DataConfig, tokenizer: ExampleTokenizer) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        self._make: Callable[[Row, int], Example | None] | None = None
+        self._make: MakeExample | None = None
 
     def example(self, row: Row, number: int) -> Example | None:
         """None: the row says nothing. Texts that cannot be tokenized are the row's fault."""
@@ -175,20 +200,41 @@ class _Maker:
         except InvalidRequest as error:
             raise DataInvalid(number, f"cannot be made tokens: {error}") from None
 
-    def _way(self, row: Row, number: int) -> Callable[[Row, int], Example | None]:
-        config = self._config
+    def _way(self, row: Row, number: int) -> MakeExample:
         mode = self._mode(row, number)
+        if mode == "text":
+            self._refuse_system("a text is no chat")
+            return self._text
         if mode == "chat":
             return lambda row, number: self._chat(self._messages(row, number), number)
-        if mode == "text":
-            return self._text
-        prompt = self._templated if mode == "template" else self._prompt
-        wraps = config.use_chat_template
-        if wraps is None:
-            wraps = self._tokenizer.chat_template is not None
+        wraps = self._wraps()
+        make = self._turn if wraps else self._completion
+        prompt = self._prompt
+        column = self._config.completion_column
+        if mode == "template":
+            prompt = self._templated
+        elif mode == "alpaca":
+            prompt = self._instruction if wraps else self._alpaca
+            column = OUTPUT
+
+        def example(row: Row, number: int) -> Example | None:
+            return make(prompt(row, number), self._column(row, column, number), number)
+
+        return example
+
+    def _wraps(self) -> bool:
+        """Whether a prompt and its completion are made a chat of one turn."""
+        wanted, has_template = self._config.use_chat_template, self._tokenizer.chat_template
+        if wanted and has_template is None:
+            raise ConfigError("use_chat_template is true, but the base model has no chat template")
+        wraps = has_template is not None if wanted is None else wanted
         if not wraps:
-            return lambda row, number: self._completion(prompt(row, number), row, number)
-        return lambda row, number: self._turn(prompt(row, number), row, number)
+            self._refuse_system("prompts are not made a chat here")
+        return wraps
+
+    def _refuse_system(self, reason: str) -> None:
+        if self._config.system is not None:
+            raise ConfigError(f"system is {self._config.system!r}, but {reason}")
 
     def _mode(self, row: Row, number: int) -> Mode:
         config = self._config
@@ -202,11 +248,13 @@ class _Maker:
             return "completion"
         if config.text_column in row:
             return "text"
+        if INSTRUCTION in row and OUTPUT in row:
+            return "alpaca"
         raise DataInvalid(
             number,
             f"has the columns {_named(row)}; needed are {config.messages_column!r}, or "
             f"{config.prompt_column!r} and {config.completion_column!r}, or "
-            f"{config.text_column!r}, or a template",
+            f"{config.text_column!r}, or {INSTRUCTION!r} and {OUTPUT!r}, or a template",
         )
 
     # ---- columns
@@ -215,23 +263,35 @@ class _Maker:
         if name not in row:
             raise DataInvalid(number, f"lacks the column {name!r}; it has {_named(row)}")
         value = row[name]
-        return "" if value is None else str(value)
+        if isinstance(value, Mapping | list):
+            raise DataInvalid(number, f"has {type(value).__name__} in {name!r}: a text is needed")
+        is_missing = value is None or value != value  # a DataFrame writes NaN for nothing
+        return "" if is_missing else str(value)
 
     def _prompt(self, row: Row, number: int) -> str:
         return self._column(row, self._config.prompt_column, number)
 
     def _templated(self, row: Row, number: int) -> str:
-        """``{column}`` stands for the row's column; nothing else is looked up or run."""
         assert self._config.template is not None
-        pieces = []
-        for text, name, spec, conversion in string.Formatter().parse(self._config.template):
-            pieces.append(text)
-            if name is None:
-                continue
-            if spec or conversion or not name:
-                raise ConfigError(f"the template has {{{name}...}}: only {{column}} is understood")
-            pieces.append(self._column(row, name, number))
-        return "".join(pieces)
+        return "".join(
+            text if column is None else text + self._column(row, column, number)
+            for text, column in template_parts(self._config.template)
+        )
+
+    def _alpaca(self, row: Row, number: int) -> str:
+        instruction, given = self._instruction_parts(row, number)
+        if not given.strip():
+            return _ALPACA.format(instruction)
+        return _ALPACA_WITH_INPUT.format(instruction, given)
+
+    def _instruction(self, row: Row, number: int) -> str:
+        """As a user would say it in a chat."""
+        instruction, given = self._instruction_parts(row, number)
+        return f"{instruction}\n\n{given}" if given.strip() else instruction
+
+    def _instruction_parts(self, row: Row, number: int) -> tuple[str, str]:
+        given = self._column(row, INPUT, number) if INPUT in row else ""
+        return self._column(row, INSTRUCTION, number), given
 
     def _messages(self, row: Row, number: int) -> list[Message]:
         column = self._config.messages_column
@@ -251,8 +311,7 @@ class _Maker:
         ids = [*self._tokenizer.encode(text), *self._end()]
         return _example(ids, [range(len(ids))], number)
 
-    def _completion(self, prompt: str, row: Row, number: int) -> Example | None:
-        completion = self._column(row, self._config.completion_column, number)
+    def _completion(self, prompt: str, completion: str, number: int) -> Example | None:
         if not completion.strip():
             return None
         begin = self._tokenizer.encode(prompt)
@@ -260,18 +319,16 @@ class _Maker:
         first = 0 if self._config.train_on_prompt else len(begin)
         return _example(ids, [range(first, len(ids))], number)
 
-    def _turn(self, prompt: str, row: Row, number: int) -> Example | None:
+    def _turn(self, prompt: str, completion: str, number: int) -> Example | None:
         """Prompt and completion as a chat of one turn."""
-        completion = self._column(row, self._config.completion_column, number)
-        if not completion.strip():
-            return None
-        said: list[Message] = [{"role": "user", "content": prompt}]
-        said.append({"role": "assistant", "content": completion})
-        if self._config.system is not None:
-            said.insert(0, {"role": "system", "content": self._config.system})
+        said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
         return self._chat(said, number)
 
-    def _chat(self, messages: list[Message], number: int) -> Example | None:
+    def _chat(self, messages: Sequence[Message], number: int) -> Example | None:
+        """``system`` stands before a chat that has none of its own."""
+        system = self._config.system
+        if system is not None and (not messages or messages[0]["role"] != "system"):
+            messages = [{"role": "system", "content": system}, *messages]
         if not any(m["role"] == "assistant" and _said(m) for m in messages):
             return None
         whole = self._tokenizer.encode_chat(messages, add_generation_prompt=False)
@@ -284,7 +341,9 @@ class _Maker:
         ]
         return _example(whole, answers, number)
 
-    def _answer(self, whole: list[int], messages: list[Message], place: int, number: int) -> range:
+    def _answer(
+        self, whole: list[int], messages: Sequence[Message], place: int, number: int
+    ) -> range:
         """Where one answer stands in the chat: what the template writes for it, to its end token.
 
         Found by rendering the chat as it was when the answer was due, which a template must not

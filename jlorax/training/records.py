@@ -8,7 +8,7 @@ import importlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,10 @@ def _json_list(path: Path) -> Iterator[tuple[int, Row]]:
         return
     if (size := os.stat(path).st_size) > 1 << 30:
         raise ConfigError(f"{path.name} has {size} bytes: as one list too much, use JSON lines")
-    rows = json.loads(_decoded(path.read_bytes(), 1))
+    try:
+        rows = json.loads(_decoded(path.read_bytes(), 1))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path.name} is no JSON: {error}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataInvalid(number, f"is {type(row).__name__}, not an object of columns")
@@ -161,6 +164,7 @@ def _separated(path: Path, separator: str) -> Iterator[tuple[int, Row]]:
     text = (f"{line}\n" for _, line in _lines(path))
     reader = csv.DictReader(text, delimiter=separator, strict=True)
     try:
+        _check_header(reader.fieldnames or ())
         for row in reader:
             if None in row or None in row.values():
                 raise DataInvalid(
@@ -171,9 +175,18 @@ def _separated(path: Path, separator: str) -> Iterator[tuple[int, Row]]:
         raise DataInvalid(reader.line_num, f"is no CSV: {error}") from None
 
 
+def _check_header(names: Sequence[str]) -> None:
+    for name in names:
+        if not name.strip():
+            raise DataInvalid(1, "names a column with nothing")
+        if names.count(name) > 1:
+            raise DataInvalid(1, f"names {names.count(name)} columns {name!r}")
+
+
 def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
+        arrow_error = importlib.import_module("pyarrow").ArrowException
     except ImportError:
         raise ConfigError("a Parquet file needs pyarrow: pip install 'jlorax[train]'") from None
     number = 0
@@ -182,5 +195,5 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+    except (OSError, arrow_error) as error:
         raise DataInvalid(number + 1, f"cannot be read: {error}") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from jlorax.training.config import TrainConfig
+from jlorax.training.curves import with_curves
 from jlorax.training.events import Report, no_report
 from jlorax.training.preparation import prepare
 from jlorax.training.process import JobFile
@@ -24,7 +25,8 @@ def train(
     """None when it was cancelled. Raises a JLoraxError; what could be known before the first step
     is raised before it."""
     keep_compiled(cache_dir)
-    return Trainer(prepare(config, cache_dir, report), report, is_cancelled).run()
+    with with_curves(report, config.run.log_dir) as told:
+        return Trainer(prepare(config, cache_dir, told), told, is_cancelled).run()
 
 
 def run(job: JobFile, report: Report, is_cancelled: Callable[[], bool]) -> Published | None:
