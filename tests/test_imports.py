@@ -12,6 +12,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"jlorax.errors", "jlorax.types", "jlorax.layout"}
 
+# the half of jlorax.training that a client or a command line may bring in
+_PLAIN_TRAINING = (
+    "aliases",
+    "batches",
+    "card",
+    "config",
+    "dialects",
+    "events",
+    "examples",
+    "process",
+    "records",
+    "values",
+)
+
 # package or module -> what it may import besides the standard library and itself
 ALLOWED: dict[str, set[str]] = {
     "jlorax.errors": set(),
@@ -47,6 +61,18 @@ ALLOWED: dict[str, set[str]] = {
     "jlorax.actors": PLAIN
     | {"jlorax.actors.messages", "jlorax.actors.mailbox", "jlorax.actors.stream"}
     | {"jlorax.scheduling", "jlorax.adapters", "jlorax.tokenizer", "jlorax.metrics"},
+    "jlorax.base_model": {"jlorax.config", "jlorax.errors", "jlorax.models", "huggingface_hub"}
+    | {"jlorax.types"},
+    "jlorax.training": PLAIN
+    | {"jlorax.adapters", "jlorax.base_model", "jlorax.config", "jlorax.models"}
+    | {"jlorax.tokenizer", "pallas_kernels", "jax", "flax", "optax", "orbax", "numpy"}
+    | {"safetensors", "yaml", "matplotlib", "tensorboard"},
+    **{
+        f"jlorax.training.{name}": PLAIN
+        | {"jlorax.adapters", "jlorax.config", "jlorax.training", "numpy", "yaml"}
+        for name in _PLAIN_TRAINING
+    },
+    "jlorax.fine_tuning": PLAIN | {"jlorax.defaults", "jlorax.training"},
     "jlorax.client": PLAIN | {"jlorax.wire", "jlorax.client_http", "jlorax.loop_thread", "aiohttp"},
     "jlorax.client_http": PLAIN | {"jlorax.wire", "aiohttp", "yarl"},
     "jlorax.loop_thread": PLAIN,
@@ -55,7 +81,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"jlorax.engine", "jlorax.assembly", "jlorax.wire", "jlorax.config", "jlorax.demo"}
     | {"jlorax.defaults", "jlorax.together"}
     | {"jlorax.tokenizer", "jlorax.metrics", "jlorax.client", "jlorax.models.config"}
-    | {"jlorax.structured"}
+    | {"jlorax.structured", "jlorax.base_model", "jlorax.training"}
     | {"aiohttp", "yaml", "rich"},
 }
 # seams where types of a lower floor pass by
@@ -63,6 +89,7 @@ EXCEPTIONS = {("jlorax.actors.messages", "jlorax.device.device")}
 NO_ASYNCIO = (
     "jlorax.structured",
     "jlorax.scheduling",
+    "jlorax.training",
     "jlorax.adapters",
     "jlorax.models",
     "jlorax.device",
@@ -134,5 +161,8 @@ def test_plain_and_device_code_never_awaits(package: str) -> None:
 def test_the_client_brings_no_jax() -> None:
     import subprocess
 
-    code = "import jlorax, sys; jlorax.AsyncClient; jlorax.Client; sys.exit('jax' in sys.modules)"
+    code = (
+        "import jlorax, sys; jlorax.AsyncClient; jlorax.Client; jlorax.finetune; "
+        "sys.exit('jax' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
