@@ -238,6 +238,7 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         main(["front-end", "--quick", "--model", str(tmp_path), *out])
 
 
+@pytest.mark.slow
 def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "front-end.jsonl"
     model = write_model(tmp_path / "model")

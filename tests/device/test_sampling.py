@@ -232,7 +232,9 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     np.testing.assert_allclose(logprobs, np.take_along_axis(raw, top, 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("num_rows", [3, 8, 20, 11])
+@pytest.mark.parametrize(
+    "num_rows", [20, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8, 11))]
+)
 def test_parts_of_a_batch_keep_their_places(num_rows: int) -> None:
     """Eight rows at most at a time; 11 have no divisor but one."""
     logits = jnp.asarray(logits_of(num_rows, 320) / 3)

@@ -63,7 +63,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return pair
 
 
-@pytest.mark.parametrize(("recompute", "chunk"), [(True, 2048), (False, 8)])
+@pytest.mark.parametrize(
+    ("recompute", "chunk"), [(True, 8), pytest.param(False, 2048, marks=pytest.mark.slow)]
+)
 def test_equal_peft_s(
     pair: Pair, recompute: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

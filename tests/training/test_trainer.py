@@ -111,7 +111,9 @@ def losses(events: list[Event]) -> dict[int, float]:
     return {step.step: step.loss for step in of(StepDone, events)}
 
 
-@pytest.mark.parametrize("after", [1, 3, 4])
+@pytest.mark.parametrize(
+    "after", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_cut_off_anywhere_it_continues_on_the_same_curve(
     config: TrainConfig, tmp_path: Path, after: int
 ) -> None:
