@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-from jlorax.errors import InvalidParameter
 from jlorax.structured import tools as structured
 from jlorax.structured.tool_format import ToolFormat, tool_format_of
 from jlorax.structured.tool_parser import (
@@ -30,18 +29,16 @@ def has_tools(call: Call) -> bool:
 
 
 def with_tools(engine: ServedEngine, call: Call) -> Call:
-    """The call with its answers held to the tools' schemas, wherever they call."""
+    """The call with its answers held to the tools' schemas, wherever they call, and to their own
+    JSON schema where they may but do not."""
     if not has_tools(call):
         return call
-    if any(request.constraint is not None for request in call.requests):
-        raise InvalidParameter(
-            "tools", "exclude another constraint of the answer, unless `tool_choice` is 'none'"
-        )
     constraint = structured.tool_constraint(
         [_tool(tool["function"]) for tool in call.chat.tools],
         _choice(call.tool_choice),
         _format_of(engine),
         call.tool_choice.parallel,
+        answer=call.requests[0].constraint,
     )
     requests = tuple(replace(request, constraint=constraint) for request in call.requests)
     return replace(call, requests=requests, constraint_field="tools")

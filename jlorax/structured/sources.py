@@ -46,12 +46,17 @@ def grammar_of(constraint: Constraint) -> str:
 
 
 def _json_schema(constraint: Constraint) -> str:
+    return f"start: {schema_rule(constraint)}"
+
+
+def schema_rule(constraint: Constraint) -> str:
+    """The text of a Lark rule for a constraint that is a JSON schema."""
     schema = _parsed(constraint)
     if not isinstance(schema, dict):
         raise _refused(constraint, f"is not a schema: it is {_kind(schema)}, not an object")
     if _OPTIONS in schema:
         raise _refused(constraint, f"may not set {_OPTIONS!r}")
-    return f"start: {json_rule(schema or _ANY_JSON)}"
+    return json_rule(schema or _ANY_JSON)
 
 
 def json_rule(schema: dict[str, Any]) -> str:

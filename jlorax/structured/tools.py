@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from jlorax.errors import InvalidParameter
-from jlorax.structured.sources import json_rule
+from jlorax.structured.sources import json_rule, schema_rule
 from jlorax.structured.tool_format import ToolFormat
 from jlorax.types import Constraint, ConstraintKind
 
@@ -39,28 +39,35 @@ def tool_constraint(
     choice: ToolChoice | str,
     tool_format: ToolFormat,
     is_parallel: bool = True,
+    answer: Constraint | None = None,
 ) -> Constraint:
     """``choice``: or the name of the one tool to call. ``is_parallel``: more than one call.
 
     Calls end the answer; with AUTO any text comes before them, and what follows a call's beginning
-    is held to the schemas. Raises InvalidParameter for tools that cannot be, and for a choice of
-    none of them; what is wrong within a schema, compiling says.
+    is held to the schemas. ``answer``: what an answer that calls nothing must be, with AUTO; it is
+    a JSON schema, and calls stand alone then. Raises InvalidParameter for tools that cannot be, for
+    a choice of none of them, and for answers that could not be told from calls; what is wrong
+    within a schema, compiling says.
     """
     _check(tools)
+    _check_answer(answer, tool_format)
     if isinstance(choice, str):
         tools = [tool for tool in tools if tool.name == choice]
         if not tools:
             raise InvalidParameter("tool_choice", f"names {choice!r}, which is none of the tools")
     most = MAX_PARALLEL_CALLS if is_parallel else 1
+    is_free = answer is None or choice is not ToolChoice.AUTO
     rules = [
-        f"start: {_start(choice, tool_format)}",
+        f"start: {_start(choice, tool_format) if is_free else _answered(tool_format)}",
         f"calls: {_calls(tool_format, most)}",
         "json: " + " | ".join(f"tool_{index}" for index in range(len(tools))),
     ]
     rules += [
         f"tool_{index}: {_call(tool, index, tool_format)}" for index, tool in enumerate(tools)
     ]
-    if choice is ToolChoice.AUTO:
+    if answer is not None and not is_free:
+        rules.append(f"answer: {schema_rule(answer)}")
+    elif choice is ToolChoice.AUTO:
         rules += _text(tool_format)
     return Constraint(ConstraintKind.GRAMMAR, "\n".join(rules))
 
@@ -70,6 +77,21 @@ def _start(choice: ToolChoice | str, tool_format: ToolFormat) -> str:
     if choice is not ToolChoice.AUTO:
         return f"{opening} calls"
     return "TEXT | opened calls" if tool_format.opening else "TEXT | calls"
+
+
+def _answered(tool_format: ToolFormat) -> str:
+    return f"answer | {_mark(tool_format.opening, tool_format)} calls"
+
+
+def _check_answer(answer: Constraint | None, tool_format: ToolFormat) -> None:
+    if answer is None:
+        return
+    if answer.kind is not ConstraintKind.JSON_SCHEMA:
+        raise InvalidParameter("tools", "exclude another constraint than a JSON schema")
+    if not tool_format.opening:
+        raise InvalidParameter(
+            "tools", "exclude a JSON schema of the answer: this model's calls are bare JSON too"
+        )
 
 
 def _text(tool_format: ToolFormat) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from jlorax.structured import tools as structured
 from jlorax.structured.tool_format import HERMES, MISTRAL
-from jlorax.types import Constraint, FinishReason
+from jlorax.types import Constraint, ConstraintKind, FinishReason
 from tests.fakes import FakeEngine, FakeTokenizer
 from tests.servers.serving import in_loop, serving
 from tests.wire_calls import USER, tool
@@ -51,6 +51,30 @@ async def test_answers_are_held_to_the_tools(
         assert [request.constraint for request in server.engine.seen] == [expected] * 2
         assert (await server.post("/v1/responses", RESPONSE | fields)).status == 200
         assert server.engine.seen[-1].constraint == expected
+
+
+@in_loop
+async def test_tools_beside_a_response_format() -> None:
+    """A call, or an answer of the form; a call that is required leaves no room for the form."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    answer = Constraint(ConstraintKind.JSON_SCHEMA, '{"type":"object"}')
+    parameters = tool()["function"]["parameters"]
+    tools = [structured.Tool(name, parameters) for name in ("look_up", "other")]
+    expected = {
+        "auto": structured.tool_constraint(
+            tools, structured.ToolChoice.AUTO, HERMES, answer=answer
+        ),
+        "none": answer,
+        "required": constraint_of(structured.ToolChoice.REQUIRED),
+    }
+    async with serving() as server:
+        for choice, constraint in expected.items():
+            body = CHAT | {"tool_choice": choice, "response_format": form}
+            assert (await server.post(PATH, body)).status == 200
+            assert server.engine.seen[-1].constraint == constraint
+        regex = CHAT | {"guided_regex": "a"}
+        answered = await server.post(PATH, regex)
+        assert answered.status == 400 and "exclude" in answered.json["error"]["message"]
 
 
 @in_loop
@@ -186,12 +210,12 @@ async def test_without_tools_a_call_is_text() -> None:
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        (PATH, CHAT | {"response_format": {"type": "json_object"}}),
-        ("/v1/responses", RESPONSE | {"text": {"format": {"type": "json_object"}}}),
+        (PATH, CHAT | {"guided_regex": "a"}),
+        ("/v1/responses", RESPONSE | {"guided_choice": ["a"]}),
     ],
 )
 @in_loop
-async def test_tools_and_a_format_exclude_each_other(path: str, body: dict[str, Any]) -> None:
+async def test_tools_exclude_what_is_no_schema(path: str, body: dict[str, Any]) -> None:
     async with serving() as server:
         answer = await server.post(path, body)
         assert (answer.status, answer.json["error"]["param"]) == (400, "tools")

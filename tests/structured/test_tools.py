@@ -23,7 +23,7 @@ from jlorax.structured.tool_parser import (
 )
 from jlorax.structured.tools import MAX_TOOLS, Tool, ToolChoice, tool_constraint
 from jlorax.tokenizer import Tokenizer
-from jlorax.types import Token
+from jlorax.types import Constraint, ConstraintKind, Token
 from tests.models.gguf_files import bpe_metadata, tiny_gguf
 from tests.structured.walks import allows, spelled, text_of, walk
 
@@ -120,6 +120,37 @@ def test_with_auto_any_text_comes_first_and_calls_are_held_to_their_schemas(
     for call in (WRONG, UNKNOWN):
         assert not spelled(smollm2, grammar, text + written(tool_format, call))[0], call
     assert not spelled(smollm2, grammar, two + " And more.")[0]
+
+
+POINT = Constraint(
+    ConstraintKind.JSON_SCHEMA,
+    json.dumps({"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}),
+)
+
+
+@pytest.mark.parametrize("name", ["hermes", "mistral"])
+def test_an_answer_that_calls_nothing_may_have_a_schema(
+    compiler: GrammarCompiler, smollm2: Tokenizer, name: str
+) -> None:
+    tool_format = FORMATS[name]
+    held = tool_constraint(TOOLS, ToolChoice.AUTO, tool_format, answer=POINT)
+    grammar = compiler.compile(held)
+    assert spelled(smollm2, grammar, '{"x": 3}') == (True, True)
+    assert spelled(smollm2, grammar, written(tool_format, WEATHER, STOP)) == (True, True)
+    for text in ("Hello", '{"y": 3}', "I call " + written(tool_format, STOP)):
+        assert not spelled(smollm2, grammar, text)[0], text
+    assert not spelled(smollm2, grammar, written(tool_format, WRONG))[0]
+    required = tool_constraint(TOOLS, ToolChoice.REQUIRED, tool_format, answer=POINT)
+    assert required == tool_constraint(TOOLS, ToolChoice.REQUIRED, tool_format)
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [("llama3", POINT), ("hermes", Constraint(ConstraintKind.REGEX, "a"))],
+)
+def test_answers_that_could_not_be_told_from_calls(name: str, answer: Constraint) -> None:
+    with pytest.raises(InvalidParameter, match="exclude"):
+        tool_constraint(TOOLS, ToolChoice.AUTO, FORMATS[name], answer=answer)
 
 
 def test_parallel_calls_have_an_end(compiler: GrammarCompiler, smollm2: Tokenizer) -> None:
