@@ -17,9 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from jlorax.defaults import default_cache_dir
 from jlorax.errors import RequestCancelled, TrainingFailed
 from jlorax.training.aliases import config_from_mapping
+from jlorax.training.bars import TrainingBars
 from jlorax.training.config import TrainConfig
 from jlorax.training.events import (
     Cancelled,
@@ -164,11 +167,15 @@ def finetune(
     ``messages``, or ``text``. settings: any key of a configuration (``name``, ``rank``,
     ``epochs``, ``output_root``, ...).
 
-    Raises ConfigError before anything is started, TrainingFailed with the reason afterwards. Run
-    again after an interruption, it continues.
+    Bars on a terminal's standard error show how it goes. Raises ConfigError before anything is
+    started, TrainingFailed with the reason afterwards. Run again after an interruption, it
+    continues.
     """
     job = start_finetune(base, dataset, cache_dir=cache_dir, **settings)
     try:
+        with TrainingBars(Console(stderr=True)) as bars:
+            for event in job.watch():
+                bars(event)
         return job.result()
     except BaseException:
         job.cancel()

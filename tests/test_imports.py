@@ -15,6 +15,7 @@ PLAIN = {"jlorax.errors", "jlorax.types", "jlorax.layout"}
 # the half of jlorax.training that a client or a command line may bring in
 _PLAIN_TRAINING = (
     "aliases",
+    "bars",
     "batches",
     "card",
     "config",
@@ -69,10 +70,10 @@ ALLOWED: dict[str, set[str]] = {
     | {"safetensors", "yaml", "matplotlib", "tensorboard"},
     **{
         f"jlorax.training.{name}": PLAIN
-        | {"jlorax.adapters", "jlorax.config", "jlorax.training", "numpy", "yaml"}
+        | {"jlorax.adapters", "jlorax.config", "jlorax.training", "numpy", "rich", "yaml"}
         for name in _PLAIN_TRAINING
     },
-    "jlorax.fine_tuning": PLAIN | {"jlorax.defaults", "jlorax.training"},
+    "jlorax.fine_tuning": PLAIN | {"jlorax.defaults", "jlorax.training", "rich"},
     "jlorax.client": PLAIN | {"jlorax.wire", "jlorax.client_http", "jlorax.loop_thread", "aiohttp"},
     "jlorax.client_http": PLAIN | {"jlorax.wire", "aiohttp", "yarl"},
     "jlorax.loop_thread": PLAIN,
