@@ -61,6 +61,7 @@ EXAMPLES = {
     "port": "9000",
     "cors_allow_credentials": "true",
     "strict_fields": "true",
+    "adapter_templates": "true",
     "adapter_root": "root",
     "adapter": "a=b",
     "remote": "far=hub",
