@@ -90,6 +90,7 @@ def test_an_adapter_s_own_template_is_used_where_allowed(home: Path) -> None:
     asyncio.run(test())
 
 
+@pytest.mark.slow
 def test_without_leave_it_is_the_base_s(home: Path) -> None:
     async def test() -> None:
         async with engine(home, own_templates=False) as refusing:

@@ -124,6 +124,7 @@ def scores_of(config: EngineConfig) -> tuple[list[float], list[list[float]]]:
     return asyncio.run(all_of_them())
 
 
+@pytest.mark.slow
 def test_pallas_scores_prompts_as_xla(folders: Path) -> None:
     (ours, our_means), (theirs, their_means) = (
         scores_of(config(folders, kernels)) for kernels in ("pallas_interpret", "xla")

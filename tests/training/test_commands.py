@@ -87,6 +87,7 @@ def test_the_sdk_makes_an_adapter_of_rows_in_memory(home: Path) -> None:
     assert job.metrics["loss"] == adapter.metrics["train_loss"]
 
 
+@pytest.mark.slow
 def test_the_sdk_says_what_went_wrong(home: Path, tmp_path: Path) -> None:
     given = {"output_root": str(tmp_path), "cache_dir": home / "cache" / "jlorax", **SETTINGS}
     base = str(home / "model")

@@ -151,6 +151,7 @@ def test_cancelled_it_keeps_a_checkpoint_and_continues(config: TrainConfig, tmp_
     assert of(Began, run(config, tmp_path))[0].step == 3
 
 
+@pytest.mark.slow
 def test_another_configuration_begins_anew(config: TrainConfig, tmp_path: Path) -> None:
     run(config, tmp_path, lambda events: len(of(StepDone, events)) == 2)
     other = replace(config, optimizer=OptimizerConfig(learning_rate=2e-2))
@@ -170,6 +171,7 @@ def test_a_loss_that_is_no_number_stops_it(config: TrainConfig, tmp_path: Path) 
     assert not (tmp_path / "root" / "small").exists()
 
 
+@pytest.mark.slow
 def test_it_stops_early_and_keeps_the_best(config: TrainConfig, tmp_path: Path) -> None:
     rising = replace(
         replace_run(config, early_stopping_patience=1, eval_every_steps=1, epochs=20),
