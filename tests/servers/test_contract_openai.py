@@ -199,7 +199,12 @@ def test_a_response_that_calls_and_goes_on(client: Any) -> None:
     tools = [{"type": "function", **WEATHER}]
     said = [{"role": "user", "content": "hi"}]
     first = client.responses.create(
-        model="one", input=said, tools=tools, tool_choice="required", max_output_tokens=200
+        model="one",
+        input=said,
+        tools=tools,
+        tool_choice="required",
+        parallel_tool_calls=False,  # a second call, drawn at random, may be cut off
+        max_output_tokens=200,
     )
     calls = [item for item in first.output if item.type == "function_call"]
     assert json.loads(calls[0].arguments)["day"] in ("today", "tomorrow")
