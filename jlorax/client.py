@@ -16,8 +16,17 @@ from urllib.parse import quote
 
 import aiohttp
 
-from jlorax.client_http import Exchange, data_lines
+from jlorax.client_fine_tuning import (
+    AsyncFinetuneJob,
+    FinetunedAdapter,
+    FinetuneJob,
+    finished,
+    list_jobs,
+    start_job,
+)
+from jlorax.client_http import Body, Exchange, data_lines
 from jlorax.errors import RequestCancelled, Unavailable
+from jlorax.jobs.types import TrainingJob
 from jlorax.loop_thread import LoopThread
 from jlorax.types import AdapterInfo, GenerateResult, Token, TokenEvent
 from jlorax.wire.adapters import ModelCard, read_adapter, read_model
@@ -159,6 +168,30 @@ class AsyncClient:
         listed = await self._json("GET", "/v1/models")
         return [read_model(model) for model in listed["data"]]
 
+    async def finetune(
+        self, dataset: Any, *, name: str | None = None, validation: Any = None, **training: Any
+    ) -> FinetunedAdapter:
+        """Trains a LoRA on the server and returns it when it is there, to be used at once.
+
+        dataset, validation: a file, a list of dicts or a DataFrame, as ``jlorax.finetune`` has it.
+        name: its versions are NAME/1, NAME/2. training: any key of a configuration (``rank``,
+        ``epochs``, ``learning_rate``, ...). Raises TrainingFailed with the reason, or
+        RequestCancelled; cancelling this cancels the training.
+        """
+        job = await self.start_finetune(dataset, name=name, validation=validation, **training)
+        return await finished(job)
+
+    async def start_finetune(
+        self, dataset: Any, *, name: str | None = None, validation: Any = None, **training: Any
+    ) -> AsyncFinetuneJob:
+        """As ``finetune``, but returns the job once it is queued."""
+        given = {"name": name, "validation": validation, "training": training}
+        return await start_job(self._json, self._exchange, dataset, **given)
+
+    async def finetune_jobs(self) -> list[TrainingJob]:
+        """All since the server's start, the newest first."""
+        return await list_jobs(self._json)
+
     async def health(self) -> bool:
         """Whether the server takes requests now; False also when nobody answers."""
         try:
@@ -170,7 +203,7 @@ class AsyncClient:
     async def _generate(self, body: Mapping[str, Any]) -> Any:
         return await self._json("POST", "/generate", body)
 
-    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    async def _json(self, method: str, path: str, body: Body | None = None) -> Any:
         async with self._exchange(method, path, body) as response:
             return json.loads(await response.read() or b"null")
 
@@ -185,7 +218,7 @@ class AsyncClient:
                         return
         raise RequestCancelled(f"the stream ended after {len(tokens)} tokens without a result")
 
-    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> Exchange:
+    def _exchange(self, method: str, path: str, body: Body | None) -> Exchange:
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers)
         return Exchange(self._session, method, self._url + path, body)
@@ -292,6 +325,22 @@ class Client:
 
     def models(self) -> list[ModelCard]:
         return self._thread.run(self._client.models())
+
+    def finetune(
+        self, dataset: Any, *, name: str | None = None, validation: Any = None, **training: Any
+    ) -> FinetunedAdapter:
+        finetune = self._client.finetune
+        return self._thread.run(finetune(dataset, name=name, validation=validation, **training))
+
+    def start_finetune(
+        self, dataset: Any, *, name: str | None = None, validation: Any = None, **training: Any
+    ) -> FinetuneJob:
+        start = self._client.start_finetune
+        job = self._thread.run(start(dataset, name=name, validation=validation, **training))
+        return FinetuneJob(job, self._thread)
+
+    def finetune_jobs(self) -> list[TrainingJob]:
+        return self._thread.run(self._client.finetune_jobs())
 
     def health(self) -> bool:
         return self._thread.run(self._client.health())

@@ -13,6 +13,8 @@ from yarl import URL
 from jlorax.errors import Unavailable
 from jlorax.wire.failures import read_error
 
+Body = Mapping[str, Any] | aiohttp.FormData
+
 
 class Exchange:
     """``async with`` gives the response; a connection that fails is Unavailable, like a server
@@ -23,10 +25,11 @@ class Exchange:
         session: aiohttp.ClientSession,
         method: str,
         url: str,
-        body: Mapping[str, Any] | None,
+        body: Body | None,
     ) -> None:
         self._url = url
-        self._request = session.request(method, URL(url, encoded=True), json=body)
+        sent: dict[str, Any] = {"data" if isinstance(body, aiohttp.FormData) else "json": body}
+        self._request = session.request(method, URL(url, encoded=True), **sent)
 
     async def __aenter__(self) -> aiohttp.ClientResponse:
         try:

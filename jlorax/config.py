@@ -178,6 +178,28 @@ class EngineConfig:
         )
 
 
+@dataclass(frozen=True)
+class FineTuningConfig:
+    """Trainings beside a server, for clients. ``base`` as ModelSource has it. Without
+    ``adapter_root`` there is nowhere to put what they make; on a GPU none runs without
+    ``device_share``, the part of its memory that is kept for them."""
+
+    cache_dir: Path
+    files_dir: Path
+    adapter_root: Path | None = None
+    base: str | None = None
+    max_file_bytes: int = 512 * MIB
+    is_on_gpu: bool = False
+    device_share: float | None = None
+    is_shared: bool = False  # by several tenants: adapters below the root are for all of them
+
+    def __post_init__(self) -> None:
+        _require(
+            self.max_file_bytes >= 1,
+            f"max_file_bytes is {self.max_file_bytes}; it must be at least 1",
+        )
+
+
 class Scope(Enum):
     """What a key may be good for: to ask, and to change what is served."""
 

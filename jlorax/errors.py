@@ -20,6 +20,9 @@
     ├── RequestCancelled           the caller went away
     ├── ModelInvalid               the base model cannot be loaded
     │   └── UnsupportedModel       its architecture is not one of ours
+    ├── NotFound                   no such file or job
+    ├── StorageFull                the server's disk has no room for what was sent
+    ├── TrainingConflict           this server cannot train that, as it was started or as it is now
     ├── DataInvalid                a row of training data cannot be used
     ├── TrainingFailed             a training in another process ended without an adapter
     ├── TrainingDiverged           its loss or gradients are no numbers any more
@@ -196,6 +199,24 @@ class ModelInvalid(JLoraxError):
 
 class UnsupportedModel(ModelInvalid):
     code = "model_unsupported"
+
+
+class NotFound(JLoraxError):
+    """Of files and jobs; adapters have an error of their own."""
+
+    code = "object_not_found"
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"there is no {kind} {name[:64]!r}")
+        self.kind = kind
+
+
+class StorageFull(JLoraxError):
+    code = "storage_full"
+
+
+class TrainingConflict(JLoraxError):
+    code = "training_conflict"
 
 
 class DataInvalid(JLoraxError):

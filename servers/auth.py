@@ -12,7 +12,18 @@ from aiohttp import hdrs, web
 
 from jlorax.config import ApiKey, Scope
 from jlorax.errors import Forbidden, Unauthorized
-from servers import adapters, embeddings, models, native, openai, openapi, responses, tokens
+from servers import (
+    adapters,
+    embeddings,
+    files,
+    fine_tuning,
+    models,
+    native,
+    openai,
+    openapi,
+    responses,
+    tokens,
+)
 from servers.keys import digest_of
 from servers.serving import CONFIG, TENANT
 
@@ -56,6 +67,16 @@ NEEDS: Mapping[Handler, frozenset[Scope] | None] = {
     adapters.unload_adapter: _ADMIN,
     adapters.load_lora_adapter: _ADMIN,
     adapters.unload_lora_adapter: _ADMIN,
+    files.create_file: _ADMIN,
+    files.files: _ADMIN,
+    files.file: _ADMIN,
+    files.delete_file: _ADMIN,
+    files.file_content: _ADMIN,
+    fine_tuning.create_job: _ADMIN,
+    fine_tuning.jobs: _ADMIN,
+    fine_tuning.job: _ADMIN,
+    fine_tuning.cancel_job: _ADMIN,
+    fine_tuning.job_events: _ADMIN,
 }
 
 

@@ -13,11 +13,17 @@ from typing import Any
 from aiohttp import web
 
 from jlorax.wire.strict_json import dumps
-from servers import openapi_adapters, openapi_native, openapi_shared, openapi_v1
+from servers import (
+    openapi_adapters,
+    openapi_fine_tuning,
+    openapi_native,
+    openapi_shared,
+    openapi_v1,
+)
 from servers.native import server_version
 from servers.openapi_parts import JSON, Schema, answer, operation
 
-_FAMILIES = (openapi_native, openapi_v1, openapi_adapters)
+_FAMILIES = (openapi_native, openapi_v1, openapi_adapters, openapi_fine_tuning)
 _PAGE = Path(__file__).with_name("docs.html")
 # its own script and style, and nothing of anybody else's
 _PAGE_POLICY = (

@@ -16,9 +16,10 @@ _REFUSALS = {
     400: "The body is not strict JSON in UTF-8; under /v1 also: a value is wrong.",
     401: "No API key came with the request, or an unknown one (with --api-keys).",
     403: "The key is not good for this, or the request came by a foreign host or page.",
-    404: "No adapter has this name.",
+    404: "No adapter, file or job has this name.",
     408: "The body did not arrive in time.",
-    409: "The adapter exists already, is in use, or became another while it was read.",
+    409: "The adapter exists already, is in use, or became another while it was read; a training "
+    "cannot be, as this server was started or as it is now.",
     413: "The body is too large.",
     415: "The body's type is not JSON, or it is compressed.",
     422: "A value is wrong, or the adapter's files cannot be served; the message says why.",
@@ -27,6 +28,7 @@ _REFUSALS = {
     500: "The answer was broken off.",
     502: "The remote that the adapter comes from is down, slow or lying.",
     503: "The engine is starting, draining or dead; Retry-After says when to come back.",
+    507: "The server's disk is full.",
 }
 ALWAYS = (401, 403)
 BODY = (400, 408, 413, 415, 422)

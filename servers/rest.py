@@ -11,14 +11,40 @@ from aiohttp import web
 
 from jlorax.config import ServerConfig
 from jlorax.errors import ConfigError
-from servers import adapters, embeddings, models, native, openai, openapi, responses, tokens
+from jlorax.jobs.service import TrainingJobs
+from servers import (
+    adapters,
+    embeddings,
+    files,
+    fine_tuning,
+    models,
+    native,
+    openai,
+    openapi,
+    responses,
+    tokens,
+)
 from servers.auth import authorize
 from servers.cors import add_cors_headers, answer_preflights
 from servers.failures import answer_errors
 from servers.hosts import refuse_foreign
 from servers.serving import CONFIG, ENGINE, SSE_COMMENT, SSE_COMMENT_S, ServedEngine
+from servers.trainings import add_trainings, begin_close
 
 log = logging.getLogger("jlorax.http")
+
+_FAMILIES = (
+    native,
+    tokens,
+    openai,
+    responses,
+    embeddings,
+    models,
+    adapters,
+    files,
+    fine_tuning,
+    openapi,
+)
 
 OBJECTS_PER_COLLECTION = 20_000  # Python's 700 are a few hundred tokens; jax joins in each
 CLOSE_DEADLINE_S = 2.0
@@ -28,9 +54,13 @@ LINGER_S = 1.0  # what a refused body may still send, so that its sender reads t
 
 
 def create_app(
-    engine: ServedEngine, config: ServerConfig, sse_comment_s: float = SSE_COMMENT_S
+    engine: ServedEngine,
+    config: ServerConfig,
+    sse_comment_s: float = SSE_COMMENT_S,
+    jobs: TrainingJobs | None = None,
 ) -> web.Application:
-    """The routes over an engine that somebody else opens and closes."""
+    """The routes over an engine that somebody else opens and closes; trainings, if there are any,
+    live as long as the app."""
     app = web.Application(
         middlewares=[answer_errors, answer_preflights, authorize, refuse_foreign],
         client_max_size=config.max_body_bytes,
@@ -39,8 +69,10 @@ def create_app(
     app[CONFIG] = config
     app[SSE_COMMENT] = sse_comment_s
     app.on_response_prepare.append(add_cors_headers)
-    for family in (native, tokens, openai, responses, embeddings, models, adapters, openapi):
+    for family in _FAMILIES:
         app.add_routes(family.routes())
+    if jobs is not None:
+        add_trainings(app, jobs)
     return app
 
 
@@ -92,6 +124,7 @@ async def run_server(
         if listening is not None:
             listening.set()
         await stop.wait()
+        begin_close(app)
         await site.stop()
         if not await _drained(app[ENGINE], app[CONFIG].drain_s, cut_off):
             await _cut_off(runner)

@@ -7,9 +7,10 @@ import logging
 import socket
 
 from jlorax.assembly import bank_layout, build_registry, find_model, plan_memory
-from jlorax.config import EngineConfig, ServerConfig
+from jlorax.config import EngineConfig, FineTuningConfig, ServerConfig
 from jlorax.engine import Engine
 from jlorax.errors import ConfigError
+from jlorax.jobs.service import Served, TrainingJobs
 from jlorax.models.config import read_config
 from servers.progress import StartProgress
 from servers.rest import OBJECTS_PER_COLLECTION, create_app, run_server
@@ -18,7 +19,7 @@ from servers.tables import memory_table, show
 log = logging.getLogger("jlorax")
 
 
-async def serve(config: EngineConfig, server: ServerConfig) -> int:
+async def serve(config: EngineConfig, server: ServerConfig, fine_tuning: FineTuningConfig) -> int:
     """Serves until SIGTERM or Ctrl-C; 1 when the engine died meanwhile."""
     check_port(server)
     with StartProgress() as progress:
@@ -31,7 +32,10 @@ async def serve(config: EngineConfig, server: ServerConfig) -> int:
             engine.model_info.device,
             engine.model_info.max_slots,
         )
-        await run_server(create_app(engine, server), server.host, server.port)
+        info = engine.model_info
+        served = Served(info.model_id, info.max_rank, info.max_seq_len)
+        app = create_app(engine, server, jobs=TrainingJobs(fine_tuning, served))
+        await run_server(app, server.host, server.port)
         return 1 if engine.stats().state == "dead" else 0
 
 

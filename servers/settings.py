@@ -23,6 +23,7 @@ from jlorax.config import (
     MIB,
     CorsConfig,
     EngineConfig,
+    FineTuningConfig,
     ServerConfig,
 )
 from jlorax.defaults import CPU, GPU, Defaults, Machine, configured, default_cache_dir
@@ -261,6 +262,14 @@ SETTINGS = (
         "N,N",
         "decode batch sizes to compile " + _either(lambda d: _buckets_text(d.decode_buckets)),
     ),
+    Setting("files_dir", _path, "DIR", "folder for data that clients send (in the cache folder)"),
+    Setting("max_file_bytes", size_bytes, "B", "the largest file that a client may send (512MiB)"),
+    Setting(
+        "train_memory_bytes",
+        size_bytes,
+        "B",
+        "GPU memory that is kept for trainings, which need it there (none; on a CPU not used)",
+    ),
     Setting("cache_dir", _path, "DIR", "prepared models, executables and adapters"),
 )
 _BY_KEY = {setting.key: setting for setting in SETTINGS}
@@ -365,6 +374,26 @@ def _cors(values: Mapping[str, Any]) -> CorsConfig:
     if given and not named["origins"]:
         raise ConfigError("the cors settings do nothing without cors_allow_origin")
     return CorsConfig(**given)
+
+
+def fine_tuning_config(
+    values: Mapping[str, Any], engine: EngineConfig, machine: Machine, device_share: float | None
+) -> FineTuningConfig:
+    """``device_share``: of the card's memory, what ``train_memory_bytes`` is."""
+    is_on_gpu = machine.platform == "gpu"
+    if is_on_gpu and device_share is None and values.get("train_memory_bytes") is not None:
+        raise ConfigError("train_memory_bytes: nvidia-smi does not tell how much memory there is")
+    given = _given({"max_file_bytes": values.get("max_file_bytes")})
+    return FineTuningConfig(
+        cache_dir=engine.cache_dir,
+        files_dir=values.get("files_dir") or engine.cache_dir / "files",
+        adapter_root=engine.adapters.root,
+        base=engine.model.model,
+        is_on_gpu=is_on_gpu,
+        device_share=device_share if is_on_gpu else None,
+        is_shared=engine.scheduler.is_shared,
+        **given,
+    )
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from jlorax.errors import JLoraxError
@@ -47,10 +48,11 @@ def _say(event: Event) -> None:
 
 
 def _step_aside() -> None:
-    """The lowest priority there is: whoever serves beside this process comes first."""
+    """Whoever serves beside this process comes first: for the processor (nice 19; SCHED_IDLE would
+    starve a training while requests keep coming), and when memory ends."""
     os.nice(19)
-    if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with suppress(OSError):  # there is none where there is no Linux
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 if __name__ == "__main__":

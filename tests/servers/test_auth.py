@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -164,6 +165,16 @@ ROUTES = [
     ("DELETE", "/v1/adapters/n", None, RUNS, 204),
     ("POST", "/v1/load_lora_adapter", LOAD_LORA, RUNS, 200),
     ("POST", "/v1/unload_lora_adapter", {"lora_name": "m"}, RUNS, 200),
+    ("POST", "/v1/files", None, RUNS, 409),
+    ("GET", "/v1/files", None, RUNS, 409),
+    ("GET", "/v1/files/f", None, RUNS, 409),
+    ("DELETE", "/v1/files/f", None, RUNS, 409),
+    ("GET", "/v1/files/f/content", None, RUNS, 409),
+    ("POST", "/v1/fine_tuning/jobs", {"model": "", "training_file": "f"}, RUNS, 409),
+    ("GET", "/v1/fine_tuning/jobs", None, RUNS, 409),
+    ("GET", "/v1/fine_tuning/jobs/j", None, RUNS, 409),
+    ("POST", "/v1/fine_tuning/jobs/j/cancel", None, RUNS, 409),
+    ("GET", "/v1/fine_tuning/jobs/j/events", None, RUNS, 409),
     ("GET", "/metrics", None, KEY, 200),
     ("GET", "/startup", None, KEY, 200),
     ("GET", "/openapi.json", None, KEY, 200),
@@ -186,10 +197,11 @@ def error_of(answer: Answer, path: str) -> tuple[str, str]:
 def test_every_route_is_in_the_table_and_tested_below() -> None:
     router = create_app(FakeEngine(), ServerConfig()).router
     assert {route.handler for route in router.routes()} == set(NEEDS)
+    names = {"adapter_id": "n", "model_id": "base", "file_id": "f", "job_id": "j"}
     served = {
         (
             route.method,
-            route.resource.canonical.replace("{adapter_id}", "n").replace("{model_id}", "base"),
+            re.sub(r"{(\w+)}", lambda match: names[match[1]], route.resource.canonical),
         )
         for route in router.routes()
         if route.resource is not None and route.method != "HEAD"
