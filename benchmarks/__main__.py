@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import (
+    beside_training,
     constraints,
     cpu,
     decode,
@@ -28,6 +29,7 @@ COMMANDS = {
     "front-end": front_end,
     "serving": serving,
     "training": training,
+    "beside-training": beside_training,
     "make-adapters": make_adapters,
 }
 

@@ -11,13 +11,14 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from jlorax.client import DEFAULT_URL, Client
 from jlorax.defaults import Machine, default_cache_dir
 from jlorax.errors import ConfigError, JLoraxError
-from servers import settings, train
+from servers import card, mps, settings, train
 
 # jax's own share is 0.75; the rest of the card is for the driver and what it keeps for code
 _MEMORY_FRACTION = 0.92
@@ -27,6 +28,7 @@ _MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 for a failure, 2 for a wrong flag or value."""
     arguments = _parser().parse_args(argv)
+    arguments.is_program = argv is None
     _configure_logging(arguments)
     try:
         status: int = arguments.run(arguments)
@@ -127,10 +129,15 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     values = settings.read_settings(vars(arguments), os.environ)
     server = settings.server_config(values)
-    engine = settings.engine_config(values, os.environ, machine(), server.num_tenants > 1)
-    if arguments.dry_run:
-        return serve.dry_run(engine)
-    return asyncio.run(serve.serve(engine, server))
+    train_share = card.share(values.get("train_memory_bytes"), os.environ)
+    is_shared = train_share is not None and not arguments.dry_run
+    with mps.shared_card(os.environ) if is_shared else nullcontext():
+        on = machine(train_share or 0.0)
+        engine = settings.engine_config(values, os.environ, on, server.num_tenants > 1)
+        if arguments.dry_run:
+            return serve.dry_run(engine)
+        fine_tuning = settings.fine_tuning_config(values, engine, on, train_share)
+        return asyncio.run(serve.serve(engine, server, fine_tuning))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -144,18 +151,19 @@ def _demo(arguments: argparse.Namespace) -> int:
     return asyncio.run(demo.demo(demo.with_adapters(engine), server, arguments.once))
 
 
-def machine() -> Machine:
-    """What the model will run on. Starts jax, which takes its share of a GPU's memory then."""
+def machine(train_share: float = 0.0) -> Machine:
+    """What the model will run on. Starts jax, which takes its share of a GPU's memory then;
+    ``train_share`` of it is kept for trainings."""
     from jlorax.assembly import running_on
 
-    _take_the_card()
+    _take_the_card(train_share)
     return running_on()
 
 
-def _take_the_card() -> None:
+def _take_the_card(train_share: float = 0.0) -> None:
     """Unless somebody said how much of it; before jax starts."""
     if not any(name in os.environ for name in _MEMORY_FRACTIONS):
-        os.environ[_MEMORY_FRACTIONS[0]] = str(_MEMORY_FRACTION)
+        os.environ[_MEMORY_FRACTIONS[0]] = f"{_MEMORY_FRACTION - train_share:.4f}"
 
 
 # ---- training
@@ -167,6 +175,8 @@ def _train(arguments: argparse.Namespace) -> int:
     _take_the_card()
     if arguments.dry_run:
         return train.dry_run(config, cache_dir, as_json=arguments.json)
+    if arguments.is_program:
+        train.with_huge_pages()
     return train.train(config, cache_dir, as_json=as_json)
 
 
