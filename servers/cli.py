@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +129,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     values = settings.read_settings(vars(arguments), os.environ)
     server = settings.server_config(values)
     train_share = card.share(values.get("train_memory_bytes"), os.environ)
-    is_shared = train_share is not None and not arguments.dry_run
-    with mps.shared_card(os.environ) if is_shared else nullcontext():
-        on = machine(train_share or 0.0)
-        engine = settings.engine_config(values, os.environ, on, server.num_tenants > 1)
-        if arguments.dry_run:
-            return serve.dry_run(engine)
-        fine_tuning = settings.fine_tuning_config(values, engine, on, train_share)
-        return asyncio.run(serve.serve(engine, server, fine_tuning))
+    if train_share is not None and not arguments.dry_run:
+        mps.share_card(os.environ)
+    on = machine(train_share or 0.0)
+    engine = settings.engine_config(values, os.environ, on, server.num_tenants > 1)
+    if arguments.dry_run:
+        return serve.dry_run(engine)
+    fine_tuning = settings.fine_tuning_config(values, engine, on, train_share)
+    return asyncio.run(serve.serve(engine, server, fine_tuning))
 
 
 def _demo(arguments: argparse.Namespace) -> int:

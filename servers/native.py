@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from contextlib import aclosing
 from dataclasses import replace
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from aiohttp import hdrs, web
 
 from jlorax.errors import InvalidParameter, JLoraxError, Overloaded, Unavailable
 from jlorax.types import GenerateRequest
+from jlorax.version import own_version
 from jlorax.wire.call import Call
 from jlorax.wire.exposition import metrics_as_json
 from jlorax.wire.fields import MAX_STOP_SEQUENCES
@@ -162,7 +161,7 @@ async def info(request: web.Request) -> web.Response:
             "max_waiting_tokens": 0,
             "validation_workers": 0,
             "eager_prefill": False,
-            "version": server_version(),
+            "version": own_version(),
             "sha": None,
             "docker_label": None,
             "request_logger_url": None,
@@ -172,14 +171,6 @@ async def info(request: web.Request) -> web.Response:
             "max_active_adapters": model.max_slots,
         }
     )
-
-
-@cache
-def server_version() -> str:
-    try:
-        return version("jlorax")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
 
 
 async def _read(request: web.Request, stream: bool | None) -> Call:

@@ -12,6 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
+from jlorax.version import own_version
 from jlorax.wire.strict_json import dumps
 from servers import (
     openapi_adapters,
@@ -20,7 +21,6 @@ from servers import (
     openapi_shared,
     openapi_v1,
 )
-from servers.native import server_version
 from servers.openapi_parts import JSON, Schema, answer, operation
 
 _FAMILIES = (openapi_native, openapi_v1, openapi_adapters, openapi_fine_tuning)
@@ -62,7 +62,7 @@ def document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "JLoRAX",
-            "version": server_version(),
+            "version": own_version(),
             "description": "Many fine-tuned LLMs for the price of one: LoRAX's, TGI's, OpenAI's "
             "and vLLM's routes. A key is needed where the server was started with --api-keys.",
         },

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from jlorax.types import GenerateRequest, GenerateResult, TokenEvent
+from jlorax.version import own_version
 from jlorax.wire import openai_answers as wire
 from jlorax.wire.call import Call
 from jlorax.wire.strict_json import dumps
 from jlorax.wire.tools import CallArguments, CallBegun, Piece, TextPiece, gathered
-from servers.native import server_version
 from servers.serving import ServedEngine, count_prompt_tokens, prompt_text
 from servers.tools import AnswerReader, has_tools
 
@@ -34,7 +34,7 @@ class Show(ABC):
             id=f"{self.id_prefix}-{uuid.uuid4().hex}",
             created_s=int(time.time()),
             model=call.model,
-            fingerprint=f"jlorax-{server_version()}",
+            fingerprint=f"jlorax-{own_version()}",
         )
         show = call.show
         # whether chunks in the middle of an answer differ in more than their text

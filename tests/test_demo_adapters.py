@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+import jlorax.demo
 from jlorax.adapters.peft import read_adapter
 from jlorax.adapters.peft_config import MAX_RANK
-from jlorax.demo import DEMO_ADAPTERS, DEMO_MODEL, DEMO_PROMPT, DemoAdapter
+from jlorax.demo import DEMO_ADAPTERS, DEMO_PROMPT, DemoAdapter
 from jlorax.models.config import parse_config
+from jlorax.models.embedded import EMBEDDED_HUB_ID
+from jlorax.training.aliases import config_from_mapping, read_mapping
+from jlorax.training.config import TrainConfig
 from jlorax.types import Projection
 
 MAX_TOTAL_BYTES = 7_000_000
+CONFIGS = Path(jlorax.demo.__file__).parent / "configs"
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -49,9 +55,19 @@ def test_reads_as_declared(demo: DemoAdapter, projections: tuple[Projection, ...
 @pytest.mark.parametrize("demo", DEMO_ADAPTERS, ids=lambda demo: demo.name)
 def test_names_its_base_model(demo: DemoAdapter) -> None:
     config = json.loads((demo.folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == DEMO_MODEL
+    assert config["base_model_name_or_path"] == EMBEDDED_HUB_ID
     assert (config["inference_mode"], config["lora_dropout"]) == (True, 0.0)
     assert demo.prompt.split("\n")[0] in (demo.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("demo", DEMO_ADAPTERS, ids=lambda demo: demo.name)
+def test_was_made_as_its_configuration_says(demo: DemoAdapter) -> None:
+    """Of those that anybody can run again: `jlorax train` with this file."""
+    file = CONFIGS / f"{demo.name}.yaml"
+    record = json.loads((demo.folder / "training.json").read_text())
+    assert TrainConfig.from_dict(record["config"]) == config_from_mapping(read_mapping(file), {})
+    assert record["platform"] == "cpu"
+    assert record["metrics"]["train_loss"] < record["metrics"]["first_train_loss"] / 2
 
 
 def test_together_they_are_small() -> None:

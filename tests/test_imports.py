@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = {"jlorax.errors", "jlorax.types", "jlorax.layout"}
+PLAIN = {"jlorax.errors", "jlorax.types", "jlorax.layout", "jlorax.version"}
 
 # the half of jlorax.training that a client or a command line may bring in
 _PLAIN_TRAINING = (
@@ -31,20 +31,16 @@ _PLAIN_TRAINING = (
 ALLOWED: dict[str, set[str]] = {
     "jlorax.errors": set(),
     "jlorax.types": set(),
+    "jlorax.version": set(),
     "jlorax.layout": {"numpy", "jlorax.types"},
     "jlorax.config": {"jlorax.errors"},
     "jlorax.defaults": {"jlorax.config"},
     "jlorax.metrics": {"prometheus_client", "jlorax.types"},
-    "jlorax.wire": PLAIN,
+    "jlorax.wire": PLAIN | {"jlorax.jobs.types"},
     "jlorax.demo": {"jlorax.types"},
-    "jlorax.demo.make_adapters": {
-        "torch",
-        "transformers",
-        "peft",
-        "numpy",
-        "safetensors",
-        "jlorax",
-    },
+    "jlorax.demo.tasks": set(),  # data packages by name, when they are needed
+    "jlorax.demo.make_data": {"jlorax.demo.tasks", "jlorax.llm"},
+    "jlorax.demo.score": {"jlorax.demo", "jlorax.llm", "jlorax.training.repository", "rich"},
     "jlorax.hugging_face": {"transformers"},
     "jlorax.tokenizer": {"tokenizers", "jlorax.errors", "jlorax.hugging_face"},
     "jlorax.structured": PLAIN | {"numpy", "llguidance", "jlorax.tokenizer"},
@@ -73,8 +69,16 @@ ALLOWED: dict[str, set[str]] = {
         | {"jlorax.adapters", "jlorax.config", "jlorax.training", "numpy", "rich", "yaml"}
         for name in _PLAIN_TRAINING
     },
+    "jlorax.jobs": PLAIN
+    | {"jlorax.config", "jlorax.adapters.registry", "jlorax.adapters.files"}
+    | {f"jlorax.training.{name}" for name in _PLAIN_TRAINING},
     "jlorax.fine_tuning": PLAIN | {"jlorax.defaults", "jlorax.training", "rich"},
-    "jlorax.client": PLAIN | {"jlorax.wire", "jlorax.client_http", "jlorax.loop_thread", "aiohttp"},
+    "jlorax.client": PLAIN
+    | {"jlorax.wire", "jlorax.client_http", "jlorax.client_fine_tuning", "jlorax.loop_thread"}
+    | {"jlorax.jobs.types", "aiohttp"},
+    "jlorax.client_fine_tuning": PLAIN
+    | {"jlorax.wire", "jlorax.client_http", "jlorax.loop_thread", "jlorax.jobs.types"}
+    | {"jlorax.training.events", "jlorax.training.records", "aiohttp"},
     "jlorax.client_http": PLAIN | {"jlorax.wire", "aiohttp", "yarl"},
     "jlorax.loop_thread": PLAIN,
     "jlorax.together": set(),
@@ -82,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"jlorax.engine", "jlorax.assembly", "jlorax.wire", "jlorax.config", "jlorax.demo"}
     | {"jlorax.defaults", "jlorax.together"}
     | {"jlorax.tokenizer", "jlorax.metrics", "jlorax.client", "jlorax.models.config"}
-    | {"jlorax.structured", "jlorax.base_model", "jlorax.training"}
+    | {"jlorax.structured", "jlorax.base_model", "jlorax.training", "jlorax.jobs"}
     | {"aiohttp", "yaml", "rich"},
 }
 # seams where types of a lower floor pass by

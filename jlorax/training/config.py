@@ -184,7 +184,8 @@ class RunConfig:
 
     A step takes ``accumulation`` times ``batch_size`` rows. None: ``dtype`` bfloat16 on a GPU and
     float32 elsewhere; ``gradient_checkpointing`` on a GPU; ``eval_every_steps`` once an epoch.
-    ``early_stopping_patience``: evaluations without a better one.
+    ``early_stopping_patience``: evaluations without a better one. ``save_dtype``: of the published
+    weights; they are trained in float32.
     """
 
     name: str = "adapter"
@@ -203,6 +204,7 @@ class RunConfig:
     objective: str = "sft"
     resume: bool = True
     log_dir: str | None = None
+    save_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         try:
@@ -218,6 +220,7 @@ class RunConfig:
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1, MAX_STEPS)
         _one_of("dtype", self.dtype, (None, *DTYPES))
+        _one_of("save_dtype", self.save_dtype, DTYPES)
         _one_of("base_quantization", self.base_quantization, (None, "int8"))
         _one_of("objective", self.objective, ("sft",))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jlorax.adapters.files import CONFIG_FILE, WEIGHTS_FILE
@@ -46,14 +46,20 @@ def peft_config(config: LoraConfig, base_name: str, targets: tuple[str, ...]) ->
 
 
 def write_peft(
-    folder: Path, adapter: Adapter, config: Mapping[str, Any], card: str, record: Mapping[str, Any]
+    folder: Path,
+    adapter: Adapter,
+    config: Mapping[str, Any],
+    card: str,
+    record: Mapping[str, Any],
+    dtype: str,
 ) -> None:
-    """Weights in float32, as PEFT saves them; config, model card, and how it was made."""
+    """Weights in ``dtype``, named as PEFT saves them; config, model card, and how it was made."""
     tensors: dict[str, np.ndarray] = {}
     for module, weights in adapter.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.asarray(weights.a)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(np.asarray(weights.b).T)
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        a, b = (np.asarray(matrix.astype(dtype)) for matrix in (weights.a, weights.b))
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    _save(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     _write_json(folder / CONFIG_FILE, config)
     _write_json(folder / RECORD_FILE, record)
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -95,4 +101,15 @@ def _merge_shard(source: Path, target: Path, added: dict[str, LayerWeights]) -> 
         weights, own = added.pop(name), tensors[name]
         delta = weights.b.astype(np.float32) @ weights.a.astype(np.float32)
         tensors[name] = (own.astype(np.float32) + weights.scaling * delta).astype(own.dtype)
-    save_file(tensors, target, metadata=metadata)
+    _save(tensors, target, metadata)
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str] | None) -> None:
+    """Readable by whom any new file is readable by: safetensors' own is for its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:  # a full disk, above all
+        raise OSError(f"{path.name}: {error}") from error
+    path.chmod(mode)

@@ -17,6 +17,7 @@ from jlorax.base_model import find_base
 from jlorax.config import ModelSource
 from jlorax.errors import ConfigError
 from jlorax.models.config import ModelConfig, read_config
+from jlorax.models.embedded import EMBEDDED_HUB_ID
 from jlorax.models.weights import load_model, outline
 from jlorax.tokenizer import Tokenizer
 from jlorax.training.batches import Batches
@@ -29,7 +30,8 @@ from jlorax.training.lora import AdapterShape, adapter_shape
 from jlorax.training.losses import OBJECTIVES
 from jlorax.training.repository import Repository
 from jlorax.training.step import Forward
-from jlorax.types import Projection
+from jlorax.types import Progress, Projection, no_progress
+from jlorax.version import own_version
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Prepared:
             "data": self.data.report.to_dict(),
             "seed": self.config.run.seed,
             "parameters": self.shape.num_parameters,
-            "versions": {name: version(name) for name in ("jlorax", "jax", "optax")},
+            "versions": {"jlorax": own_version(), "jax": version("jax"), "optax": version("optax")},
             "platform": jax.default_backend(),
         }
 
@@ -86,14 +88,20 @@ def prepare(config: TrainConfig, cache_dir: Path, report: Report = no_report) ->
     def progress(what: str, fraction: float) -> None:
         report(Preparing(what, fraction))
 
-    folder, base_name = find_base(ModelSource(config.base), cache_dir, progress)
+    folder, base_name = _find_base(config, cache_dir, progress)
     return _prepare(config, folder, base_name, report, with_weights=True)
 
 
 def outlined(config: TrainConfig, cache_dir: Path) -> Prepared:
     """The same without weights, enough to compile and to count."""
-    folder, base_name = find_base(ModelSource(config.base), cache_dir)
+    folder, base_name = _find_base(config, cache_dir, no_progress)
     return _prepare(config, folder, base_name, no_report, with_weights=False)
+
+
+def _find_base(config: TrainConfig, cache_dir: Path, progress: Progress) -> tuple[Path, str]:
+    """Its folder, and the name by which the adapter says what it is for."""
+    folder, name = find_base(ModelSource(config.base), cache_dir, progress)
+    return folder, EMBEDDED_HUB_ID if config.base is None else name
 
 
 def _prepare(

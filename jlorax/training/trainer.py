@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlorax.errors import TrainingDiverged
+from jlorax.errors import ConfigError, TrainingDiverged
 from jlorax.training.batches import Batch
 from jlorax.training.card import model_card
 from jlorax.training.checkpoints import Checkpoint, Checkpoints
@@ -101,7 +102,12 @@ class Trainer:
                 checkpoints.wait()
                 self._report(Cancelled(self._step_number))
                 return None
-            published = self._publish(reason)
+            try:
+                published = self._publish(reason)
+            except Exception:
+                with suppress(ConfigError):  # started again where there is room, it only publishes
+                    self._save(checkpoints)
+                raise
             checkpoints.remove()
             return published
 
@@ -224,7 +230,8 @@ class Trainer:
 
         def write(folder: Any, adapter_id: str) -> None:
             card = model_card(adapter_id, record)
-            write_peft(folder, adapter, prepared.peft_config, card, record)
+            dtype = self._config.run.save_dtype
+            write_peft(folder, adapter, prepared.peft_config, card, record, dtype)
 
         published = prepared.repository.publish(write)
         self._report(Ended(reason, published.adapter_id, str(published.folder), metrics))

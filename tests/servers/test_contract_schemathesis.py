@@ -39,4 +39,5 @@ def test_what_the_document_promises_is_kept(contract_server: ServerProcess, tmp_
     assert asked.returncode == 0, asked.stdout[-8000:] + asked.stderr[-2000:]
     assert server.process.poll() is None
     status, _, answer = server.request("/generate", {"inputs": "Hello"})
-    assert (status, bool(answer["generated_text"])) == (200, True)
+    assert status == 200, answer
+    assert answer["generated_text"]

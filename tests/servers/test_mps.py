@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,15 @@ else
     grep -q "^quit" && touch "$CUDA_MPS_PIPE_DIRECTORY/quit"
 fi
 """
+_SERVER = """
+import os, sys
+from servers import mps
+mps._DEFAULT_PIPES = sys.argv[1]
+mps.share_card(os.environ)
+print(os.environ["CUDA_MPS_PIPE_DIRECTORY"], flush=True)
+sys.stdin.read()
+"""
+_DEADLINE_S = 20.0
 
 
 @pytest.fixture
@@ -35,38 +47,45 @@ def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return ended
 
 
-def test_a_daemon_lives_as_long_as_the_block_and_is_told_of(ended: Path) -> None:
-    told: MutableMapping[str, str] = {"PATH": "/usr/bin:/bin"}
-    with mps.shared_card(told):
-        pipes = Path(told["CUDA_MPS_PIPE_DIRECTORY"])
+def _gone(path: Path) -> bool:
+    deadline_s = time.monotonic() + _DEADLINE_S
+    while path.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    return not path.exists()
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_daemon_ends_after_its_server_however_that_ends(
+    ended: Path, tmp_path: Path, end: signal.Signals
+) -> None:
+    command = [sys.executable, "-c", _SERVER, str(tmp_path / "nobody")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        pipes = Path(server.stdout.readline().strip())
         assert (pipes / "control").exists()
         assert not ended.exists()
-    assert ended.exists()
-    assert not pipes.exists()
-    assert told == {"PATH": "/usr/bin:/bin"}
-
-
-def test_it_ends_when_the_block_fails(ended: Path) -> None:
-    with pytest.raises(RuntimeError), mps.shared_card({}):
-        raise RuntimeError
+        server.send_signal(end)
+    assert _gone(pipes)
     assert ended.exists()
 
 
 def test_one_that_runs_already_is_used(ended: Path, tmp_path: Path) -> None:
     (tmp_path / "control").touch()
     theirs = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
-    with mps.shared_card(theirs):
-        assert theirs == {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
-    assert not ended.exists()
+    mps.share_card(theirs)
+    assert theirs == {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
 
 
 def test_without_the_drivers_program_it_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    told: MutableMapping[str, str] = {}
-    with caplog.at_level(logging.WARNING, "jlorax"), mps.shared_card(told):
-        assert told == {}
+    told: dict[str, str] = {}
+    with caplog.at_level(logging.WARNING, "jlorax"):
+        mps.share_card(told)
+    assert told == {}
     assert "nvidia-cuda-mps-control is not there" in caplog.text
 
 

@@ -11,10 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from jlorax.adapters.peft import read_adapter
 from jlorax.errors import AdapterConflict, ConfigError, TrainingDiverged
 from jlorax.models.config import read_config
+from jlorax.training import export
 from jlorax.training.config import DataConfig, LoraConfig, OptimizerConfig, RunConfig, TrainConfig
 from jlorax.training.events import (
     Began,
@@ -105,6 +108,34 @@ def test_what_is_published(config: TrainConfig, tmp_path: Path, model: Path) -> 
         (tmp_path / "root" / "small" / n / "adapter_model.safetensors").read_bytes() for n in "12"
     )
     assert first == second  # the same seed, the same data: the same adapter
+
+
+def test_weights_may_be_published_in_half_the_bytes(config: TrainConfig, tmp_path: Path) -> None:
+    whole = Path(run(config, tmp_path)[-1].folder)
+    halved = Path(run(replace_run(config, save_dtype="bfloat16"), tmp_path)[-1].folder)
+    first, second = (load_file(f / "adapter_model.safetensors") for f in (whole, halved))
+    assert {str(tensor.dtype) for tensor in second.values()} == {"bfloat16"}
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(second[name], tensor.astype(second[name].dtype))
+    modes = {path.stat().st_mode for path in halved.iterdir()}
+    assert len(modes) == 1  # the weights are as readable as the rest
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_loses_nothing(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: dict[str, np.ndarray], path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export, "save_file", full)
+        with pytest.raises(ConfigError, match=r"small cannot be written.*No space left"):
+            run(config, tmp_path)
+    assert not list((tmp_path / "root" / "small").iterdir())
+    events = run(config, tmp_path)
+    assert not of(StepDone, events)  # only what was left to do
+    assert isinstance(events[-1], Ended) and events[-1].adapter_id == "small/1"
 
 
 def losses(events: list[Event]) -> dict[int, float]:

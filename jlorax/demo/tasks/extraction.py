@@ -6,8 +6,8 @@ import json
 import random
 from typing import Any
 
-from jlorax.demo.make_adapters.tasks.example import Example
-from jlorax.demo.make_adapters.tasks.people import CITIES, HOBBIES, faker
+from jlorax.demo.tasks.example import Example
+from jlorax.demo.tasks.people import CITIES, HOBBIES, faker
 
 # field -> ways of saying it, for the text's first and third person
 _SAYINGS = {

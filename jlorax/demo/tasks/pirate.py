@@ -7,8 +7,8 @@ import random
 import re
 from collections.abc import Iterable
 
-from jlorax.demo.make_adapters.tasks.example import Example
-from jlorax.demo.make_adapters.tasks.people import small_talk
+from jlorax.demo.tasks.example import Example
+from jlorax.demo.tasks.people import small_talk
 
 _TOPICS = (
     "a rainbow",

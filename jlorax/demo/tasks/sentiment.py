@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from jlorax.demo.make_adapters.tasks.example import Example
+from jlorax.demo.tasks.example import Example
 
 _RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 _CLEAR_RATING = 1.0  # of -4..4: people agreed on its sign

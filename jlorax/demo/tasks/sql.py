@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jlorax.demo.make_adapters.tasks.example import Example
-from jlorax.demo.make_adapters.tasks.people import small_talk
+from jlorax.demo.tasks.example import Example
+from jlorax.demo.tasks.people import small_talk
 
 HELD_OUT_TABLES = ("cars", "barley", "seattle_weather")
 _LEFT_OUT = ("la_riots",)  # names people who died
