@@ -16,6 +16,7 @@ from benchmarks import environment
 from benchmarks.shapes import SHAPES, write_shape
 from benchmarks.text_table import text_table
 from benchmarks.training_contestants import Work
+from jlorax.training.process import environment as environment_of_a_training
 
 CONTESTANTS = ("jlorax", "peft")
 TARGET_RATIO = {"cpu": 1.0, "gpu": 1.5}  # times peft's tokens/s
@@ -105,8 +106,14 @@ def _config_text(arguments: argparse.Namespace) -> str:
 
 def _run(name: str, work: Work) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.training_contestants", name]
+    # each in the environment in which its users have it
+    own = environment_of_a_training() if name == "jlorax" else None
     done = subprocess.run(
-        [*command, json.dumps(asdict(work))], stdout=subprocess.PIPE, text=True, check=False
+        [*command, json.dumps(asdict(work))],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=own,
     )
     if done.returncode != 0:
         raise SystemExit(f"{name} ended with status {done.returncode}")
