@@ -62,7 +62,7 @@ class Rig(Home):
         return np.asarray(made.hidden_states[-1][0].numpy())
 
 
-@pytest.fixture(scope="module", params=_ADAPTERS)
+@pytest.fixture(scope="module", params=["llama", pytest.param("falcon", marks=pytest.mark.slow)])
 def rig(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     adapters = _ADAPTERS[request.param]
     family, folder = FAMILIES[request.param], tmp_path_factory.mktemp("scores")

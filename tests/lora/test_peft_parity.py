@@ -24,7 +24,7 @@ _TIE = 1e-4
 _PROMPT_TOKENS = 37  # several KV pages, and more than Mistral's window
 _LOGIT_TOKENS = 4
 _GREEDY_TOKENS = 64
-_BY_DEFAULT = ("llama", "falcon new decoder")  # each family has executables of its own
+_BY_DEFAULT = ("llama",)  # each family has executables of its own
 
 
 def _marks(family: str) -> tuple[pytest.MarkDecorator, ...]:

@@ -92,7 +92,7 @@ def all_logprobs() -> Iterator[None]:
         yield
 
 
-_BY_DEFAULT = ("llama-dynamic", "llama-yarn", "mistral", "falcon-40b")
+_BY_DEFAULT = ("llama-dynamic", "mistral", "falcon-40b")
 _SHAPES = [
     pytest.param(name, marks=() if name in _BY_DEFAULT else pytest.mark.slow) for name in MODELS
 ]

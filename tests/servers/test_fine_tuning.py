@@ -624,6 +624,7 @@ def test_bad_rows_fail_the_job_and_name_the_row(server: ServerProcess, home: Pat
     assert not (home / "root" / "bad").exists()
 
 
+@pytest.mark.slow
 def test_a_running_job_is_cancelled_with_a_checkpoint(server: ServerProcess, home: Path) -> None:
     with jlorax.Client(server.url) as client:
         running = client.start_finetune(ROWS, name="long", **LONG)
