@@ -27,6 +27,7 @@ from servers.openapi_parts import (
     mapping,
     obj,
     operation,
+    query,
     ref,
     request_body,
     required,
@@ -191,16 +192,10 @@ _UPLOAD: Schema = {"required": True, "content": {"multipart/form-data": {"schema
 
 
 def _page(default: int, most: int) -> list[Schema]:
-    limit = {"type": "integer", "minimum": 1, "maximum": most, "default": default}
-    after = {"type": "string"}
+    limit: Schema = {"type": "integer", "minimum": 1, "maximum": most, "default": default}
     return [
-        {"name": "limit", "in": "query", "description": "Of a page.", "schema": limit},
-        {
-            "name": "after",
-            "in": "query",
-            "description": "The last page's last id.",
-            "schema": after,
-        },
+        query("limit", "Of a page.", limit),
+        query("after", "The last page's last id.", _STRING),
     ]
 
 

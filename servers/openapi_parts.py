@@ -171,5 +171,8 @@ def in_path(name: str, description: str) -> Schema:
 
 
 def in_query(name: str, description: str, values: Iterable[str]) -> Schema:
-    schema = {"type": "string", "enum": list(values)}
+    return query(name, description, {"type": "string", "enum": list(values)})
+
+
+def query(name: str, description: str, schema: Schema) -> Schema:
     return {"name": name, "in": "query", "description": description, "schema": schema}

@@ -26,7 +26,7 @@ from jlorax.training.aliases import config_from_mapping, read_mapping
 from jlorax.training.bars import TrainingBars
 from jlorax.training.config import SECTIONS, TrainConfig
 from jlorax.training.events import Event, Failed, Report
-from jlorax.training.process import HUGE_PAGES
+from jlorax.training.process import HUGE_PAGES, environment
 from jlorax.training.values import hint_of_key
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ def config_of(flags: Mapping[str, Any]) -> TrainConfig:
 def with_huge_pages() -> None:
     """Begins this program again where its allocator would use small pages: it reads what it should
     do when a process starts."""
-    if sys.platform == "linux" and not os.environ.keys() & HUGE_PAGES.keys():
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **HUGE_PAGES})
+    if sys.platform == "linux" and not HUGE_PAGES.keys() <= os.environ.keys():
+        os.execve(sys.executable, sys.orig_argv, environment())
 
 
 def train(config: TrainConfig, cache_dir: Path, *, as_json: bool) -> int:
