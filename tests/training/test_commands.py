@@ -44,6 +44,22 @@ def train_words(home: Path, name: str) -> list[str]:
     return ["train", *where, "--output-root", str(home / "root"), "--name", name, *flags]
 
 
+def test_the_command_begins_again_with_an_allocator_of_huge_pages() -> None:
+    """glibc reads its tunables when a process starts."""
+    code = (
+        "import os; from servers import train; train.with_huge_pages(); "
+        "print(os.environ['GLIBC_TUNABLES'])"
+    )
+    without = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-c", code]
+    for environment, expected in (
+        (without, "glibc.malloc.hugetlb=1"),
+        ({**without, "GLIBC_TUNABLES": "glibc.malloc.check=0"}, "glibc.malloc.check=0"),
+    ):
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert said.stdout.strip() == expected
+
+
 def test_train_says_json_lines_and_continues_after_a_signal(home: Path) -> None:
     first = jlorax_command(home, *train_words(home, "small"), "--checkpoint-every-steps=1000")
     assert first.stdout is not None
